@@ -1,0 +1,1 @@
+"""Adapters for any PyTorch model: Method (what is trained) × Host (what it sits on) × Store (the base)."""

@@ -1,0 +1,1 @@
+"""Adapters on disk. The PEFT folder is the file format."""

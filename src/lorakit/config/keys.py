@@ -1,0 +1,253 @@
+"""Keys that are known but not built yet, as data: a file that uses one is refused by name, never ignored.
+
+Each entry holds the values that ask for nothing (accepted in silence, as ``null`` always is) and what to do
+instead. ``OTHER_NAMES`` holds what people from other tools write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Unbuilt:
+    """A known key without an effect yet: its neutral values, and why any other is refused."""
+
+    neutral: tuple[Any, ...]
+    reason: str
+
+    def accepts(self, value: Any) -> bool:
+        """Whether the value changes nothing; 0 is not false."""
+        return value is None or any(type(value) is type(same) and value == same for same in self.neutral)
+
+
+_OFF = (False,)
+_QUANTISED = "the base is held in bf16 or fp32; remove the quantisation keys"
+_BITSANDBYTES = ("bnb", "bitsandbytes")
+_GPUS = "a run uses one process; remove the key"
+_ADAPTER = "plain LoRA and rsLoRA (use_rslora) are what there is"
+_LOADER = "rows are encoded once and held in memory, there are no loading workers; remove the key"
+_OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
+_SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
+_EVALUATION = "evaluation runs after training, and before it with eval_on_start"
+_MIXING = "datasets are joined one after the other and shuffled"
+_MODEL_EDIT = "the model is used as its own configuration describes it"
+_FREEZE = "only adapters are trained"
+_FULL_PRECISION = "bf16, fp16 or neither chooses the precision"
+_HUB = "results stay in output_dir"
+_KERNEL = "the built-in operations are always used"
+
+UNBUILT: dict[str, Unbuilt] = {
+    # Data
+    "template": Unbuilt(("auto",), "the tokenizer's own chat template is used; remove the key or write auto"),
+    "packing": Unbuilt(_OFF, "rows are never joined into one sequence"),
+    "neat_packing": Unbuilt(_OFF, "rows are never joined into one sequence"),
+    "train_on_prompt": Unbuilt(_OFF, "only the assistant's tokens carry loss"),
+    "mask_history": Unbuilt(_OFF, "all turns of the assistant carry loss"),
+    "val_size": Unbuilt((0, 0.0), "give the held-out rows as eval_dataset"),
+    "eval_num_beams": Unbuilt((1,), "generation is greedy"),
+    "streaming": Unbuilt(_OFF, "rows are held in memory"),
+    "buffer_size": Unbuilt((16384,), "it belongs to streaming; remove the key"),
+    "mix_strategy": Unbuilt(("concat",), _MIXING),
+    "interleave_probs": Unbuilt((), _MIXING),
+    "tokenized_path": Unbuilt((), "rows are encoded anew in every run"),
+    "data_seed": Unbuilt((), "seed fixes the order of the data, too"),
+    "preprocessing_num_workers": Unbuilt((1,), "rows are encoded in one process; remove the key"),
+    "preprocessing_batch_size": Unbuilt((1000,), "it has no meaning here; remove the key"),
+    "overwrite_cache": Unbuilt((False, True), "rows are encoded anew in every run"),
+    "dataloader_num_workers": Unbuilt((0,), _LOADER),
+    "dataloader_pin_memory": Unbuilt((False, True), _LOADER),
+    "dataloader_prefetch_factor": Unbuilt((), _LOADER),
+    "dataloader_drop_last": Unbuilt(_OFF, "every row is used"),
+    "remove_unused_columns": Unbuilt((True,), "columns that are not needed are never read"),
+    "group_by_length": Unbuilt(_OFF, "rows come in shuffled order"),
+    "disable_shuffling": Unbuilt(_OFF, "rows come in shuffled order"),
+    "ignore_pad_token_for_loss": Unbuilt((True,), "padding never carries loss"),
+    "eval_on_each_dataset": Unbuilt(_OFF, "all held-out rows are evaluated together"),
+    "tool_format": Unbuilt((), "tools are written by the tokenizer's own chat template"),
+    "default_system": Unbuilt((), "put the system message into the rows"),
+    "enable_thinking": Unbuilt((True,), "the tokenizer's own chat template decides"),
+    "media_dir": Unbuilt((), "only text models are trained"),
+    # Adapters
+    "use_dora": Unbuilt(_OFF, _ADAPTER),
+    "lora_fa": Unbuilt(_OFF, _ADAPTER),
+    "loraplus_lr_ratio": Unbuilt((1, 1.0), "A and B share one learning_rate"),
+    "loraplus_lr_embedding": Unbuilt((1e-6,), "A and B share one learning_rate"),
+    "pissa_init": Unbuilt(_OFF, "A starts random and B at zero"),
+    "pissa_iter": Unbuilt((16,), "A starts random and B at zero"),
+    "pissa_convert": Unbuilt(_OFF, "A starts random and B at zero"),
+    "init_lora_weights": Unbuilt((True,), "A starts random and B at zero"),
+    "additional_target": Unbuilt((), _FREEZE),
+    "modules_to_save": Unbuilt((), _FREEZE),
+    "create_new_adapter": Unbuilt(_OFF, "every run starts a new adapter; remove the key"),
+    "adapter_name_or_path": Unbuilt((), "every run starts a new adapter"),
+    "adapter_folder": Unbuilt((), "every run starts a new adapter"),
+    "bias": Unbuilt(("none",), "biases stay frozen"),
+    "task_type": Unbuilt(("CAUSAL_LM",), "only causal language models are trained"),
+    "rank_pattern": Unbuilt(({},), "all layers share lora_rank"),
+    "alpha_pattern": Unbuilt(({},), "all layers share lora_alpha"),
+    "use_llama_pro": Unbuilt(_OFF, _FREEZE),
+    "freeze_trainable_layers": Unbuilt((2,), _FREEZE),
+    "freeze_trainable_modules": Unbuilt(("all",), _FREEZE),
+    "freeze_extra_modules": Unbuilt((), _FREEZE),
+    "freeze_vision_tower": Unbuilt((True,), "only text models are trained"),
+    "freeze_multi_modal_projector": Unbuilt((True,), "only text models are trained"),
+    "train_mm_proj_only": Unbuilt(_OFF, "only text models are trained"),
+    # Quantisation
+    "quantization_bit": Unbuilt((), _QUANTISED),
+    "quantization_method": Unbuilt(_BITSANDBYTES, _QUANTISED),
+    "quantization_type": Unbuilt(("nf4",), _QUANTISED),
+    "bnb_4bit_quant_type": Unbuilt(("nf4",), _QUANTISED),
+    "bnb_4bit_compute_dtype": Unbuilt((), _QUANTISED),
+    "double_quantization": Unbuilt((False, True), _QUANTISED),
+    "bnb_4bit_use_double_quant": Unbuilt((False, True), _QUANTISED),
+    "quantization_device_map": Unbuilt((), _QUANTISED),
+    "load_in_4bit": Unbuilt(_OFF, _QUANTISED),
+    "load_in_8bit": Unbuilt(_OFF, _QUANTISED),
+    "use_qlora": Unbuilt(_OFF, _QUANTISED),
+    # Model
+    "flash_attn": Unbuilt(("auto", "sdpa"), "attention is exact and chosen for the device; remove the key"),
+    "attn_implementation": Unbuilt(("sdpa",), "attention is exact and chosen for the device; remove the key"),
+    "rope_scaling": Unbuilt((), _MODEL_EDIT),
+    "shift_attn": Unbuilt(_OFF, _MODEL_EDIT),
+    "resize_vocab": Unbuilt(_OFF, _MODEL_EDIT),
+    "add_tokens": Unbuilt((), _MODEL_EDIT),
+    "add_special_tokens": Unbuilt((), _MODEL_EDIT),
+    "new_special_tokens": Unbuilt((), _MODEL_EDIT),
+    "split_special_tokens": Unbuilt(_OFF, "special tokens are never split"),
+    "use_fast_tokenizer": Unbuilt((True,), "tokenizers are always the fast ones"),
+    "tokenizer_name_or_path": Unbuilt((), "the model's own tokenizer is used"),
+    "cache_dir": Unbuilt((), "set the environment variable HF_HOME"),
+    "hf_hub_token": Unbuilt((), "set the environment variable HF_TOKEN, keep tokens out of files"),
+    "device_map": Unbuilt(("auto",), "the model sits on one device"),
+    "torch_dtype": Unbuilt(("auto",), _FULL_PRECISION),
+    "infer_dtype": Unbuilt(("auto",), _FULL_PRECISION),
+    "low_cpu_mem_usage": Unbuilt((True,), "the model is always loaded sparingly"),
+    "use_cache": Unbuilt((True,), "generation always uses its cache"),
+    "moe_aux_loss_coef": Unbuilt((), _MODEL_EDIT),
+    "mixture_of_depths": Unbuilt((), _MODEL_EDIT),
+    "enable_liger_kernel": Unbuilt(_OFF, _KERNEL),
+    "use_unsloth": Unbuilt(_OFF, _KERNEL),
+    "use_unsloth_gc": Unbuilt(_OFF, "write gradient_checkpointing: true"),
+    "use_reentrant_gc": Unbuilt((False, True), "gradient_checkpointing has one form; remove the key"),
+    "gradient_checkpointing_kwargs": Unbuilt((), "gradient_checkpointing has one form; remove the key"),
+    "upcast_layernorm": Unbuilt(_OFF, _FULL_PRECISION),
+    "upcast_lmhead_output": Unbuilt(_OFF, _FULL_PRECISION),
+    # Training
+    "pure_bf16": Unbuilt(_OFF, "write bf16: true; adapters stay in fp32"),
+    "tf32": Unbuilt(_OFF, _FULL_PRECISION),
+    "half_precision_backend": Unbuilt(("auto",), _FULL_PRECISION),
+    "lr_scheduler_kwargs": Unbuilt(({},), "the schedules have no further settings"),
+    "optim_args": Unbuilt((), "adam_beta1, adam_beta2, adam_epsilon and weight_decay are the settings"),
+    "neftune_noise_alpha": Unbuilt((0, 0.0), "no noise is added to embeddings"),
+    "label_smoothing_factor": Unbuilt((0, 0.0), "the loss is plain cross-entropy"),
+    "use_galore": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_apollo": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_badam": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_adam_mini": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_muon": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_dft_loss": Unbuilt(_OFF, "the loss is plain cross-entropy"),
+    "auto_find_batch_size": Unbuilt(_OFF, "choose per_device_train_batch_size yourself"),
+    "torch_compile": Unbuilt(_OFF, "the model runs uncompiled"),
+    "full_determinism": Unbuilt(_OFF, "seed fixes everything that is random"),
+    "deepspeed": Unbuilt((), _GPUS),
+    "fsdp": Unbuilt(("",), _GPUS),
+    "fsdp_config": Unbuilt((), _GPUS),
+    "ddp_timeout": Unbuilt((1800, 180000000), _GPUS),
+    "ddp_backend": Unbuilt((), _GPUS),
+    "ddp_find_unused_parameters": Unbuilt(_OFF, _GPUS),
+    "local_rank": Unbuilt((-1, 0), _GPUS),
+    "ray_run_name": Unbuilt((), _GPUS),
+    "ray_num_workers": Unbuilt((1,), _GPUS),
+    "use_cpu": Unbuilt((), "the device is found; hide a GPU with CUDA_VISIBLE_DEVICES="),
+    # Stages
+    "pref_beta": Unbuilt((0.1,), _OTHER_STAGE),
+    "pref_ftx": Unbuilt((0, 0.0), _OTHER_STAGE),
+    "pref_loss": Unbuilt(("sigmoid",), _OTHER_STAGE),
+    "simpo_gamma": Unbuilt((0.5,), _OTHER_STAGE),
+    "kto_chosen_weight": Unbuilt((1, 1.0), _OTHER_STAGE),
+    "kto_rejected_weight": Unbuilt((1, 1.0), _OTHER_STAGE),
+    "dpo_label_smoothing": Unbuilt((0, 0.0), _OTHER_STAGE),
+    "ref_model": Unbuilt((), _OTHER_STAGE),
+    "reward_model": Unbuilt((), _OTHER_STAGE),
+    "ranking": Unbuilt(_OFF, _OTHER_STAGE),
+    "ppo_epochs": Unbuilt((4,), _OTHER_STAGE),
+    # Checkpoints
+    "resume_from_checkpoint": Unbuilt(_OFF, "a run starts from the beginning"),
+    "save_strategy": Unbuilt(("steps",), _SAVING),
+    "save_total_limit": Unbuilt((), _SAVING),
+    "save_only_model": Unbuilt(_OFF, _SAVING),
+    "save_safetensors": Unbuilt((True,), "weights are always saved as safetensors"),
+    "load_best_model_at_end": Unbuilt(_OFF, "the adapter of the last step is the result"),
+    # Evaluation
+    "do_predict": Unbuilt(_OFF, "give eval_dataset and predict_with_generate: true"),
+    "eval_strategy": Unbuilt(("no",), _EVALUATION),
+    "evaluation_strategy": Unbuilt(("no",), _EVALUATION),
+    "eval_steps": Unbuilt((), _EVALUATION),
+    "eval_delay": Unbuilt((0, 0.0), _EVALUATION),
+    "eval_accumulation_steps": Unbuilt((), _EVALUATION),
+    "early_stopping_steps": Unbuilt((), "choose num_train_epochs or max_steps"),
+    "metric_for_best_model": Unbuilt((), "the adapter of the last step is the result"),
+    "greater_is_better": Unbuilt((), "the adapter of the last step is the result"),
+    "compute_accuracy": Unbuilt(_OFF, "predict_with_generate: true measures exact match"),
+    "do_sample": Unbuilt(_OFF, "generation is greedy"),
+    "temperature": Unbuilt((), "generation is greedy"),
+    "top_p": Unbuilt((), "generation is greedy"),
+    "top_k": Unbuilt((), "generation is greedy"),
+    "num_beams": Unbuilt((1,), "generation is greedy"),
+    "max_length": Unbuilt((), "cutoff_len bounds a row, max_new_tokens an answer"),
+    "repetition_penalty": Unbuilt((1, 1.0), "generation is greedy"),
+    # Logging
+    "report_to": Unbuilt(("none", ["none"], []), "metrics.jsonl and report.html hold everything; write none"),
+    "run_name": Unbuilt((), "output_dir names the run"),
+    "logging_dir": Unbuilt((), "metrics.jsonl is written to output_dir"),
+    "logging_strategy": Unbuilt(("steps",), "logging_steps says when a line is logged"),
+    "logging_first_step": Unbuilt(_OFF, "logging_steps says when a line is logged"),
+    "log_level": Unbuilt(("passive",), "the log has one level"),
+    "disable_tqdm": Unbuilt(_OFF, "plain lines appear by themselves when the output is not a terminal"),
+    "use_swanlab": Unbuilt(_OFF, "metrics.jsonl and report.html hold everything"),
+    "include_num_input_tokens_seen": Unbuilt(_OFF, "tokens per second are always logged; remove the key"),
+    "include_effective_tokens_per_second": Unbuilt(
+        _OFF, "tokens per second are always logged; remove the key"
+    ),
+    "push_to_hub": Unbuilt(_OFF, _HUB),
+    "hub_model_id": Unbuilt((), _HUB),
+    "export_dir": Unbuilt((), "`lorakit merge` writes a plain model folder"),
+    "print_param_status": Unbuilt(_OFF, "the numbers of parameters are always logged; remove the key"),
+}
+
+OTHER_NAMES: dict[str, str] = {
+    "model": "model_name_or_path",
+    "base_model": "model_name_or_path",
+    "revision": "model_revision",
+    "r": "lora_rank",
+    "rank": "lora_rank",
+    "lora_r": "lora_rank",
+    "alpha": "lora_alpha",
+    "dropout": "lora_dropout",
+    "target_modules": "lora_target",
+    "lora_target_modules": "lora_target",
+    "data": "dataset",
+    "datasets": "dataset",
+    "train_dataset": "dataset",
+    "train_file": "dataset",
+    "validation_file": "eval_dataset",
+    "test_datasets": "eval_dataset",
+    "max_seq_length": "cutoff_len",
+    "max_seq_len": "cutoff_len",
+    "sequence_len": "cutoff_len",
+    "output": "output_dir",
+    "batch_size": "per_device_train_batch_size",
+    "micro_batch_size": "per_device_train_batch_size",
+    "accumulation_steps": "gradient_accumulation_steps",
+    "lr": "learning_rate",
+    "epochs": "num_train_epochs",
+    "num_epochs": "num_train_epochs",
+    "lr_scheduler": "lr_scheduler_type",
+    "scheduler": "lr_scheduler_type",
+    "warmup": "warmup_ratio",
+    "optimizer": "optim",
+    "max_norm": "max_grad_norm",
+    "gradient_clipping": "max_grad_norm",
+}

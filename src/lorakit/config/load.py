@@ -1,0 +1,226 @@
+"""Loading: file and overrides become one checked ``Run``, or one error that tells every problem at once."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+import math
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import PydanticUndefined
+
+from lorakit.config.keys import OTHER_NAMES, UNBUILT
+from lorakit.config.problems import Place, Problem, config_error
+from lorakit.config.rules import CONTRADICTIONS, WARNINGS
+from lorakit.config.schema import TrainConfig
+from lorakit.config.source import (
+    ProblemFoundError,
+    Setting,
+    merge,
+    read_file,
+    read_mapping,
+    read_override,
+)
+
+_FIELDS = tuple(TrainConfig.model_fields)
+_ONE_CHOICE = ("stage", "finetuning_type", "optim")
+_SWITCHES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A checked configuration, the setting behind each key that was written, and what to warn of."""
+
+    config: TrainConfig
+    settings: Mapping[str, Setting]
+    file: Path | None
+    base_dir: Path
+    warnings: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What an error calls it."""
+        return _name(self.file)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read and check a YAML file; ``key=value`` overrides win over it.
+
+    Raises:
+        ConfigError: with every problem of the file and the overrides.
+    """
+    path = Path(path)
+    problems: list[Problem] = []
+    try:
+        written, doubled = merge(read_file(path))
+    except ProblemFoundError as error:
+        raise config_error([error.problem], str(path)) from error
+    problems += doubled
+    arguments = []
+    for override in overrides:
+        try:
+            arguments.append(read_override(override, Path.cwd()))
+        except ProblemFoundError as error:
+            problems.append(error.problem)
+    given, doubled = merge(arguments)
+    return _check({**written, **given}, problems + doubled, path, path.absolute().parent)
+
+
+def load_mapping(values: Mapping[str, Any], base_dir: Path) -> Run:
+    """Check values given in Python; relative paths start from ``base_dir``.
+
+    Raises:
+        ConfigError: with every problem of the values.
+    """
+    settings, problems = merge(read_mapping(values, base_dir.absolute()))
+    return _check(settings, problems, None, base_dir.absolute())
+
+
+def _check(settings: dict[str, Setting], problems: list[Problem], file: Path | None, base_dir: Path) -> Run:
+    name = _name(file)
+    known = {key: setting for key, setting in settings.items() if key in _FIELDS}
+    problems += [problem for key, at in settings.items() if key not in _FIELDS for problem in _refuse(at)]
+    config, invalid = _validate(known, name)
+    problems += invalid
+    unsure = {problem.key for problem in invalid}
+    for rule in CONTRADICTIONS:
+        if unsure.isdisjoint(rule.keys) and rule.broken(config):
+            places = tuple(known[key].key_place for key in rule.keys if key in known)
+            problems.append(Problem(rule.message, rule.keys[0], places, rule.hint))
+    if problems:
+        raise config_error(problems, name)
+    warnings = tuple(
+        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}"
+        for rule in WARNINGS
+        if rule.broken(config)
+    )
+    return Run(config, known, file, base_dir, warnings)
+
+
+def _name(file: Path | None) -> str:
+    return str(file) if file else "the arguments"
+
+
+def _refuse(setting: Setting) -> list[Problem]:
+    """The problem of a key that is not in the schema; none if it is known and asks for nothing."""
+    key, places = setting.key, (setting.key_place,)
+    unbuilt = UNBUILT.get(key)
+    if unbuilt is not None:
+        if unbuilt.accepts(setting.value):
+            return []
+        return [Problem(f"`{key}` is known but not built yet: {unbuilt.reason}", key, places)]
+    nearest = difflib.get_close_matches(key, [*_FIELDS, *UNBUILT], n=1, cutoff=0.7)
+    meant = OTHER_NAMES.get(key.lower()) or next(iter(nearest), None)
+    hint = f"did you mean `{meant}`?" if meant else None
+    return [Problem(f"unknown key `{key}`", key, places, hint, () if meant else _FIELDS)]
+
+
+def _validate(settings: Mapping[str, Setting], name: str) -> tuple[TrainConfig, list[Problem]]:
+    """The configuration, with stand-ins for the keys that have a problem, so that rules see the rest."""
+    values = {key: setting.value for key, setting in settings.items()}
+    try:
+        return TrainConfig(**values), []
+    except ValidationError as error:
+        wrong = dict.fromkeys(str(detail["loc"][0]) for detail in error.errors(include_url=False))
+    problems = [_explain(settings[key]) if key in settings else _missing(key, name) for key in wrong]
+    stand_ins = {key: "?" for key in wrong if TrainConfig.model_fields[key].is_required()}
+    sound = {key: value for key, value in values.items() if key not in wrong}
+    return TrainConfig(**{**sound, **stand_ins}), problems
+
+
+def _missing(key: str, name: str) -> Problem:
+    hint = f"add `{key}: …`: {TrainConfig.model_fields[key].description}"
+    return Problem(f"the key `{key}` is missing", key, (Place(name),), hint)
+
+
+def _explain(setting: Setting) -> Problem:
+    """Why a value does not fit: what the key takes, from the schema, and what was found."""
+    key, value = setting.key, setting.value
+    options = [option for option in _options(key) if option.get("type") != "null"]
+    choices = tuple(str(choice) for option in options for choice in option.get("enum", ()))
+    message = f"`{key}` must be {' or '.join(_describe(option) for option in options)}, not {_shown(value)}"
+    return Problem(message, key, (setting.value_place,), _advice(key, value, options, choices), choices)
+
+
+def _advice(key: str, value: Any, options: Sequence[Mapping[str, Any]], choices: Sequence[str]) -> str | None:
+    kinds = {option.get("type") for option in options}
+    default = TrainConfig.model_fields[key].get_default()
+    if key in _ONE_CHOICE:
+        return "the other choices are not built yet"
+    if value is None and default not in (None, PydanticUndefined):
+        return f"remove the key to get the default, {_shown(default)}"
+    if isinstance(value, float) and value.is_integer() and "integer" in kinds:
+        return f"write {int(value)}"
+    return _advice_on_text(value, kinds, choices) if isinstance(value, str) else None
+
+
+def _advice_on_text(text: str, kinds: Set[str | None], choices: Sequence[str]) -> str | None:
+    if kinds & {"integer", "number"} and _is_number(text):
+        return "write it without quotes"
+    if "boolean" in kinds and text.lower() in _SWITCHES:
+        return f"write {_shown(_SWITCHES[text.lower()])}"
+    near = difflib.get_close_matches(text, choices, n=1)
+    return f"did you mean `{near[0]}`?" if near else None
+
+
+@functools.cache
+def _properties() -> dict[str, Any]:
+    properties: dict[str, Any] = TrainConfig.model_json_schema()["properties"]
+    return properties
+
+
+def _options(key: str) -> list[dict[str, Any]]:
+    """The alternatives of a key's type, as JSON schema."""
+    field = _properties()[key]
+    options: list[dict[str, Any]] = field.get("anyOf", [field])
+    return options
+
+
+def _describe(option: Mapping[str, Any]) -> str:
+    if "const" in option:
+        return f"`{option['const']}`" if isinstance(option["const"], str) else _shown(option["const"])
+    if "enum" in option:
+        return "one of the allowed values"
+    match option["type"]:
+        case "boolean":
+            return "true or false"
+        case "integer" | "number" as kind:
+            name = "a whole number" if kind == "integer" else "a number"
+            return f"{name}{_range(option)}"
+        case "array":
+            return "a text or list of texts"
+    return "a text that is not empty"
+
+
+def _range(option: Mapping[str, Any]) -> str:
+    if "minimum" in option and "maximum" in option:
+        return f" between {option['minimum']} and {option['maximum']}"
+    words = {"minimum": "of at least", "exclusiveMinimum": "above", "maximum": "at most"}
+    words["exclusiveMaximum"] = "below"
+    bounds = [f"{word} {option[name]}" for name, word in words.items() if name in option]
+    return f" {' and '.join(bounds)}" if bounds else ""
+
+
+def _shown(value: Any) -> str:
+    match value:
+        case dict():
+            return "a mapping"
+        case list() | tuple() if len(repr(value)) > 60:
+            return "this list"
+        case float() if not math.isfinite(value):
+            return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else text[:60] + "…"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

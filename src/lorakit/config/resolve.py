@@ -1,0 +1,188 @@
+"""Resolving: every value that was left open is worked out, and each value tells where it came from.
+
+The result, written as YAML, is an ordinary configuration that resolves to the same values from any folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict
+
+from lorakit import hardware
+from lorakit.config.load import Run
+from lorakit.config.problems import Problem, config_error, printable
+from lorakit.config.schema import TrainConfig
+from lorakit.config.source import Setting, near_names
+
+_PLAIN_TEXT = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
+_YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # YAML 1.1's, too
+_COMMENT_COLUMN = 60
+
+
+class Resolved(TrainConfig):
+    """A configuration with every value worked out: what the rest of the program receives.
+
+    ``origins`` tells for each value where it came from: a line, the command line, a default, a derivation.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=False)  # the help texts are TrainConfig's
+
+    lora_alpha: float
+    dataset_dir: str
+    do_eval: bool
+    bf16: bool
+    fp16: bool
+    disable_gradient_checkpointing: None = None
+    precision: hardware.Precision
+    effective_batch: int  # sequences in one update
+    origins: Mapping[str, str]
+    warnings: tuple[str, ...]
+
+    def to_yaml(self) -> str:
+        """The values as plain YAML keys, one a line, each with its origin as a comment."""
+        values = dict(self)
+        lines = [
+            (f"{key}: {_scalar(values[key])}", self.origins[key])
+            for key in TrainConfig.model_fields
+            if key != "disable_gradient_checkpointing"
+        ]
+        column = min(max(len(line) for line, _ in lines), _COMMENT_COLUMN)
+        return "".join(f"{line:<{column}}  # {printable(origin)}\n" for line, origin in lines)
+
+
+def resolve(run: Run) -> Resolved:
+    """Work out what the configuration leaves open.
+
+    Raises:
+        ConfigError: if this machine cannot do what a key asks for, or a model folder is missing.
+    """
+    config, settings = run.config, run.settings
+    values = dict(config)
+    origins = {key: settings[key].origin if key in settings else "default" for key in values}
+    problems: list[Problem] = []
+    warnings = list(run.warnings)
+
+    if config.lora_alpha is None:
+        values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"  # noqa: RUF001
+    if config.do_eval is None:
+        values["do_eval"] = config.eval_dataset is not None
+        origins["do_eval"] = f"derived: eval_dataset is {'' if values['do_eval'] else 'not '}given"
+    if config.disable_gradient_checkpointing is not None and not config.gradient_checkpointing:
+        values["gradient_checkpointing"] = not config.disable_gradient_checkpointing
+        origins["gradient_checkpointing"] = origins["disable_gradient_checkpointing"]
+    values["disable_gradient_checkpointing"] = None
+    if config.max_steps is not None:
+        origins["num_train_epochs"] += ", unused: max_steps wins"
+    if config.warmup_ratio > 0 and config.warmup_steps == 0:
+        values["warmup_steps"], origins["warmup_steps"] = None, "derived: warmup_ratio is given"
+    values["effective_batch"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
+    origins["effective_batch"] = "derived: per_device_train_batch_size × gradient_accumulation_steps"  # noqa: RUF001
+
+    problems += _resolve_paths(run, values, origins)
+    problems += _resolve_precision(run, values, origins, warnings)
+    if problems:
+        raise config_error(problems, run.name)
+    return Resolved(**values, origins=origins, warnings=tuple(warnings))
+
+
+def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) -> list[Problem]:
+    """Make paths absolute; a model that looks like a path must exist."""
+    settings = run.settings
+    values["output_dir"] = str(_absolute(run.config.output_dir, settings["output_dir"].base))
+    data_folder = run.base_dir
+    if run.config.dataset_dir is not None:
+        data_folder = _absolute(run.config.dataset_dir, settings["dataset_dir"].base)
+    else:
+        origins["dataset_dir"] = f"derived: folder of {run.file.name}" if run.file else "derived: base_dir"
+    values["dataset_dir"] = str(data_folder)
+    for key in ("dataset", "eval_dataset"):
+        if values[key] is not None:
+            base = settings[key].base if run.config.dataset_dir is None else data_folder
+            values[key] = tuple(str(_absolute(path, base)) for path in values[key])
+
+    setting = settings["model_name_or_path"]
+    path = _absolute(run.config.model_name_or_path, setting.base)
+    if _exists(path):
+        values["model_name_or_path"] = str(path)
+    elif _looks_like_path(run.config.model_name_or_path):
+        return [_no_model(setting, path)]
+    return []
+
+
+def _no_model(setting: Setting, path: Path) -> Problem:
+    near = near_names(path)
+    hint = f"did you mean {' or '.join(near)}?" if near else "a hub id is written owner/name"
+    return Problem(f"there is no model at {path}", setting.key, (setting.value_place,), hint)
+
+
+def _resolve_precision(
+    run: Run, values: dict[str, Any], origins: dict[str, str], warnings: list[str]
+) -> list[Problem]:
+    """Choose the number format from the keys and what the hardware can do."""
+    config, best = run.config, _best_precision(run.config)
+    precision, origin = best, f"derived: best on this {hardware.device()}"
+    if config.bf16 and not hardware.supports("bf16"):
+        message = "`bf16` is true, but the hardware has no bf16 arithmetic"
+        hint = f"remove the key to compute in {best}"
+        return [Problem(message, "bf16", (run.settings["bf16"].value_place,), hint)]
+    if config.bf16:
+        precision, origin = "bf16", origins["bf16"]
+    elif config.fp16 and hardware.device() == "cpu":
+        origin = f"derived: a CPU does not compute in fp16 ({origins['fp16']})"
+        warnings.append(f"{origins['fp16']}: `fp16` is for GPUs, a CPU only emulates it: computing in {best}")
+    elif config.fp16:
+        precision, origin = "fp16", origins["fp16"]
+    elif best == "fp32" and config.bf16 is False:
+        origin = origins["bf16"]
+    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": precision == "fp16"}
+    origins |= dict.fromkeys(("precision", "bf16", "fp16"), origin)
+    return []
+
+
+def _best_precision(config: TrainConfig) -> hardware.Precision:
+    """The hardware's best, unless its key says false."""
+    best = hardware.best_precision()
+    declined = (best == "bf16" and config.bf16 is False) or (best == "fp16" and config.fp16 is False)
+    return "fp32" if declined else best
+
+
+def _absolute(text: str, base: Path) -> Path:
+    path = Path(text)
+    with contextlib.suppress(RuntimeError):  # ~nobody stays as it is written
+        path = path.expanduser()
+    return Path(os.path.normpath(base / path))
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name that is too long, a folder that is closed to us
+        return False
+
+
+def _looks_like_path(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or name.count("/") > 1
+
+
+def _scalar(value: Any) -> str:
+    """A value as YAML 1.2 on one line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, tuple):
+        return f"[{', '.join(_quoted(item) for item in value)}]"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _YAML_WORDS:
+        return text
+    escapes = {'"': '\\"', "\\": "\\\\"}
+    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'

@@ -1,0 +1,144 @@
+"""Every key a run understands, with its type, its range, its default and its help text.
+
+The names are LLaMA-Factory's, so that its files run here. A value is never coerced: ``true`` is not 1 and
+``"8"`` is not 8, for a slip that trains a different model is worse than an error.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+
+def _split(value: Any) -> Any:
+    """``a, b`` and ``[a, b]`` are the same list."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(","))
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _split_targets(value: Any) -> Any:
+    names = _split(value)
+    return "all" if names == ("all",) else names
+
+
+def _endless(value: Any) -> Any:
+    """-1 is what the Hugging Face trainer writes for "as many steps as the epochs give"."""
+    return None if type(value) is int and value == -1 else value
+
+
+Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
+Names = Annotated[tuple[Text, ...], Field(min_length=1)]
+Paths = Annotated[Names, BeforeValidator(_split)]
+Count = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class TrainConfig(BaseModel):
+    """What a configuration file says, checked; ``None`` stands for what ``resolve`` works out."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    model_name_or_path: Text
+    """Hub id, local folder, GGUF file, or the alias smollm2-135m-instruct."""
+    model_revision: Text | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model."""
+
+    stage: Literal["sft"] = "sft"
+    """Kind of training: supervised fine-tuning."""
+    finetuning_type: Literal["lora"] = "lora"
+    """What is trained: low-rank adapters on a frozen base."""
+    do_train: Literal[True] = True
+    """Train; `lorakit evaluate` evaluates alone."""
+
+    lora_rank: Annotated[int, Field(ge=1, le=4096)] = 8
+    """Rank r of the update."""
+    lora_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Strength of the update, applied as alpha / rank; twice the rank if left out."""
+    lora_dropout: Fraction = 0.0
+    """Share of the adapter's inputs dropped in training."""
+    lora_target: Annotated[Literal["all"] | Names, BeforeValidator(_split_targets)] = "all"
+    """Names of the linear layers that carry an adapter, or all."""
+    use_rslora: bool = False
+    """Scale by alpha / √rank instead of alpha / rank."""
+
+    dataset: Paths
+    """Files or folders with training rows (JSON or JSONL)."""
+    dataset_dir: Text | None = None
+    """Where relative dataset paths start; the configuration's folder if left out."""
+    eval_dataset: Paths | None = None
+    """Files or folders with held-out rows."""
+    max_samples: Count | None = None
+    """Use at most this many training rows."""
+    cutoff_len: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
+    """Longest sequence in tokens."""
+
+    output_dir: Text
+    """Folder of the run: adapter, checkpoints, metrics, report."""
+    overwrite_output_dir: bool = False
+    """Replace the results of an earlier run in output_dir."""
+
+    per_device_train_batch_size: Count = 1
+    """Sequences in one forward pass."""
+    gradient_accumulation_steps: Count = 8
+    """Forward passes for one update."""
+    per_device_eval_batch_size: Count = 8
+    """Sequences in one forward pass of an evaluation."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-4
+    """Highest learning rate of the schedule."""
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    """Passes over the training rows."""
+    max_steps: Annotated[Count | None, BeforeValidator(_endless)] = None
+    """Number of updates; wins over num_train_epochs."""
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = (
+        "cosine"
+    )
+    """Course of the learning rate after the warm-up."""
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of the updates in which the learning rate rises."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """The same as a number of updates."""
+    optim: Literal["adamw_torch"] = "adamw_torch"
+    """Optimizer: AdamW."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Decoupled weight decay."""
+    adam_beta1: Fraction = 0.9
+    """Decay of AdamW's mean of the gradient."""
+    adam_beta2: Fraction = 0.999
+    """Decay of AdamW's mean of the squared gradient."""
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's guard against division by zero."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are scaled down to this norm."""
+
+    bf16: bool | None = None
+    """Compute in bfloat16; by capability if both this and fp16 are left out."""
+    fp16: bool | None = None
+    """Compute in float16 (GPUs only)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    disable_gradient_checkpointing: bool | None = None
+    """The opposite of gradient_checkpointing, as LLaMA-Factory writes it."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
+    """Seed of initial values, data order and dropout."""
+
+    logging_steps: Count = 10
+    """Updates between two log lines."""
+    save_steps: Count | None = None
+    """Updates between two checkpoints; none if left out."""
+    plot_loss: bool = True
+    """Draw the loss curve in the report."""
+
+    do_eval: bool | None = None
+    """Evaluate after training; true if eval_dataset is given."""
+    eval_on_start: bool = False
+    """Evaluate the base model before training, too."""
+    predict_with_generate: bool = False
+    """Let the evaluation generate answers and compare them with the reference."""
+    max_new_tokens: Count = 256
+    """Longest generated answer in tokens."""

@@ -1,0 +1,1 @@
+"""The demo: a real task, its data and its run."""

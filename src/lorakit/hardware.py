@@ -1,0 +1,110 @@
+"""What this machine can do: devices, memory, instruction sets. The only file that asks.
+
+Torch is imported inside the functions that need a GPU's answer, so that a configuration can be checked
+without it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+import resource
+import sys
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+Device = Literal["cuda", "cpu"]
+Precision = Literal["bf16", "fp16", "fp32"]
+
+_BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 (two) and Arm
+
+
+@functools.cache
+def device() -> Device:
+    """``cuda`` when a usable GPU is there, else ``cpu``."""
+    if not Path("/dev/nvidiactl").exists() and not Path("/dev/kfd").exists():
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@functools.cache
+def cpu_flags() -> frozenset[str]:
+    """Instruction-set flags of the processor, lower case; empty where the system does not tell."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return frozenset()
+    for line in text.splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in {"flags", "Features"}:
+            return frozenset(value.lower().split())
+    return frozenset()
+
+
+@functools.cache
+def supports(precision: Precision) -> bool:
+    """Whether matrix products in this precision run in hardware here.
+
+    fp16 counts on GPUs only: CPUs emulate it at a hundredth of their fp32 rate.
+    """
+    if precision == "fp32":
+        return True
+    if device() == "cpu":
+        return precision == "bf16" and bool(cpu_flags() & _BF16_FLAGS)
+    import torch
+
+    return precision == "fp16" or torch.cuda.is_bf16_supported()
+
+
+def best_precision() -> Precision:
+    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
+    if supports("bf16"):
+        return "bf16"
+    return "fp16" if device() == "cuda" else "fp32"
+
+
+def memory_used() -> int:
+    """Bytes in use now: on a GPU the allocator's, else this process's resident set."""
+    if device() == "cuda":
+        import torch
+
+        return int(torch.cuda.memory_allocated())
+    return int(psutil.Process().memory_info().rss)
+
+
+def memory_peak() -> int:
+    """Bytes in use at the highest point of this process."""
+    if device() == "cuda":
+        import torch
+
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def processor_name() -> str:
+    """The processor as the system calls it."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in text.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def summary() -> dict[str, str | int | float]:
+    """What a report says about the machine."""
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "processor": processor_name(),
+        "cores": os.cpu_count() or 1,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        "device": device(),
+        "best_precision": best_precision(),
+    }

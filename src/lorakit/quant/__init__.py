@@ -1,0 +1,1 @@
+"""How frozen weights live in memory."""

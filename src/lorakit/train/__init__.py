@@ -1,0 +1,1 @@
+"""Training. Read `recipe` first: it is the whole run on one page."""

@@ -1,0 +1,124 @@
+"""The loop: updates in order, the rate by the schedule, metrics, saves, and a clean stop on a signal."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lorakit import hardware
+from lorakit.data.collate import Batch
+from lorakit.data.encode import Row
+from lorakit.train.order import updates
+from lorakit.train.schedule import learning_rate
+from lorakit.train.signals import StopRequest
+from lorakit.train.step import StepResult, train_step
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The numbers of a run, fixed before it starts."""
+
+    steps: int
+    micro_batch: int  # rows in one forward pass
+    accumulation: int
+    schedule: str
+    learning_rate: float
+    warmup: int
+    max_grad_norm: float
+    seed: int
+    logging_steps: int
+    save_steps: int | None
+
+    @property
+    def per_update(self) -> int:
+        """Rows in one update."""
+        return self.micro_batch * self.accumulation
+
+    def rate(self, step: int) -> float:
+        """The learning rate of update ``step`` (from 0)."""
+        return learning_rate(
+            step, kind=self.schedule, peak=self.learning_rate, steps=self.steps, warmup=self.warmup
+        )
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells the outside."""
+
+    on_step: Callable[[int, float], None]  # step (from 1), loss
+    on_log: Callable[[dict[str, Any]], None]  # the fields of a ``train`` event
+    on_save: Callable[[int], None]
+
+
+def fit(
+    model: nn.Module,
+    rows: Sequence[Row],
+    optimizer: torch.optim.Optimizer,
+    plan: Plan,
+    *,
+    collate: Callable[[Sequence[Row]], Batch],
+    hooks: Hooks,
+) -> int | None:
+    """Train ``model`` in place; returns the signal that stopped it early, or None when it finished."""
+    meter = _Meter(plan, len(rows))
+    model.train()
+    with StopRequest() as stop:
+        for step, numbers in enumerate(updates(len(rows), plan.per_update, plan.steps, plan.seed), start=1):
+            rate = plan.rate(step - 1)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [collate([rows[i] for i in part]) for part in _split(numbers, plan.micro_batch)]
+            result = train_step(model, batches, optimizer, plan.max_grad_norm)
+            meter.add(result)
+            hooks.on_step(step, result.loss)
+            if step % plan.logging_steps == 0 or step == plan.steps or stop.signum:
+                hooks.on_log(meter.take(step, rate))
+            if plan.save_steps and step % plan.save_steps == 0 and step < plan.steps:
+                hooks.on_save(step)
+            if stop.signum:
+                return stop.signum
+    return None
+
+
+def _split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    return (numbers[start : start + size] for start in range(0, len(numbers), size))
+
+
+class _Meter:
+    """Averages since the last log line; rates by the monotonic clock."""
+
+    def __init__(self, plan: Plan, rows: int) -> None:
+        self._steps = plan.steps
+        self._per_epoch = math.ceil(rows / plan.per_update)
+        self._start = self._last = time.monotonic()
+        self._seen: list[StepResult] = []
+        self._tokens = 0
+
+    def add(self, result: StepResult) -> None:
+        self._seen.append(result)
+        self._tokens += result.tokens
+
+    def take(self, step: int, rate: float) -> dict[str, Any]:
+        now = time.monotonic()
+        tokens = sum(result.tokens for result in self._seen)
+        entry = {
+            "step": step,
+            "steps": self._steps,
+            "epoch": round(step / self._per_epoch, 4),
+            "loss": sum(result.loss for result in self._seen) / len(self._seen),
+            "learning_rate": rate,
+            "grad_norm": self._seen[-1].grad_norm,
+            "tokens": self._tokens,
+            "tokens_per_second": tokens / max(now - self._last, 1e-9),
+            "memory_gb": hardware.memory_used() / 1e9,
+            "seconds": now - self._start,
+        }
+        self._last = now
+        self._seen.clear()
+        return entry

@@ -1,0 +1,117 @@
+"""``run.json``, model card and report: what a run says about itself, from what was measured."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from lorakit import __version__, hardware
+from lorakit.adapters.attach import adapter_layers, count_parameters
+from lorakit.adapters.spec import LoRAConfig
+from lorakit.evals.evaluate import Evaluation
+from lorakit.files import write_json, write_text
+from lorakit.report.card import model_card
+from lorakit.report.html import write_report
+from lorakit.report.record import RunRecord
+from lorakit.train.folder import RunFolder
+
+if TYPE_CHECKING:
+    from lorakit.train.recipe import Job
+
+_SAMPLES = 10
+
+
+def fingerprint(model: nn.Module) -> str:
+    """sha256 over the bytes of every base tensor, by name; adapters are left out, merging is not undone."""
+    digest = hashlib.sha256()
+    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in adapters:
+            digest.update(name.replace(".base.", ".").encode())
+            flat = parameter.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def describe(
+    job: Job, before: Evaluation | None, after: Evaluation | None, *, started: float, status: str
+) -> dict[str, Any]:
+    """The content of ``run.json``."""
+    settings = job.settings
+    scored = after or before
+    return {
+        "lorakit": __version__,
+        "command": shlex.join(["lorakit", *sys.argv[1:]]) if Path(sys.argv[0]).name == "lorakit" else None,
+        "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 1),
+        "status": status,
+        "model": {"name": settings.model_name_or_path, "kind": job.source.kind},
+        "adapter": _adapter(job.model),
+        "data": {
+            "train": {"files": list(settings.dataset), **asdict(job.data)},
+            "eval": scored and {"files": list(settings.eval_dataset or ()), **asdict(scored.data)},
+        },
+        "environment": {
+            **hardware.summary(),
+            **{name: version(name) for name in ("torch", "transformers")},
+            "peak_memory_gb": round(hardware.memory_peak() / 1e9, 2),
+        },
+        "samples": _samples(job, before, after),
+        "base_unchanged": True,  # a run whose base changed never gets here
+    }
+
+
+def publish(folder: RunFolder, record: dict[str, Any]) -> Path:
+    """Write ``run.json``, the adapter's model card and the report; returns the report's path."""
+    write_json(folder.record, record)
+    write_text(folder.adapter / "README.md", model_card(RunRecord.read(folder.path)))
+    return write_report(folder.path)
+
+
+def _adapter(model: nn.Module) -> dict[str, Any]:
+    """Rank, scaling and size, with the adapted modules grouped by name and shape."""
+    layers = adapter_layers(model)
+    config: LoRAConfig = next(iter(layers.values())).adapter("default").config
+    sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    modules: Counter[tuple[str, tuple[int, ...]]] = Counter()
+    for path, layer in layers.items():
+        kind = (path.rpartition(".")[2], tuple(layer.weight.shape))
+        modules[kind] += 1
+        sizes[kind] += sum(p.numel() for p in layer.adapters.parameters())
+    return {
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "scaling": config.scaling,
+        "targets": [
+            {"name": name, "modules": count, "shape": list(shape), "parameters": sizes[name, shape]}
+            for (name, shape), count in modules.items()
+        ],
+        **count_parameters(model),
+    }
+
+
+def _samples(job: Job, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
+    """The first held-out rows with what the base and the adapter answered."""
+    scored = [evaluation.answers for evaluation in (before, after) if evaluation and evaluation.answers]
+    if not scored:
+        return []
+    return [
+        {
+            "prompt": sample.prompt[-1].content,
+            "reference": sample.reference,
+            "before": before.answers[i] if before and before.answers else None,
+            "after": after.answers[i] if after and after.answers else None,
+        }
+        for i, sample in enumerate(job.held_out[:_SAMPLES])
+    ]
