@@ -44,6 +44,7 @@ def offline() -> Iterator[None]:
 
     def check(sock: socket.socket, address: Any) -> None:
         if sock.family != socket.AF_UNIX and address[0] not in {"127.0.0.1", "::1", "localhost"}:
+            sock.close()
             raise AssertionError(f"a test tried to reach {address}")
 
     def guarded_connect(sock: socket.socket, address: Any) -> None:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.attach import add_lora_to_model, count_parameters, freeze_backbone_params
     from lorakit.adapters.spec import LoRAConfig
     from lorakit.checkpoint.manager import LoRAManager
-    from lorakit.train.recipe import train
+    from lorakit.training.recipe import train
 
 __version__ = "0.1.0"
 
@@ -32,7 +32,7 @@ _MODULES = {
     "add_lora_to_model": "lorakit.adapters.attach",
     "count_parameters": "lorakit.adapters.attach",
     "freeze_backbone_params": "lorakit.adapters.attach",
-    "train": "lorakit.train.recipe",
+    "train": "lorakit.training.recipe",
 }
 
 

@@ -14,7 +14,7 @@ LAYERS = [
     {"__main__"},
     {"cli"},
     {"demo"},
-    {"train"},
+    {"training"},
     {"evals", "report"},
     {"models", "data", "checkpoint"},
     {"adapters"},

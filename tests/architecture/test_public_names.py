@@ -37,7 +37,7 @@ def test_name_is_a_documented_class_or_function(name: str) -> None:
     assert inspect.getdoc(value)
 
 
-@pytest.mark.parametrize("first", ["from lorakit import train", "import lorakit.train.recipe"])
+@pytest.mark.parametrize("first", ["from lorakit import train", "import lorakit.training.recipe"])
 def test_train_is_the_function_whatever_is_imported_first(first: str) -> None:
     code = f"{first}\nfrom lorakit import train\nprint(callable(train))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -28,8 +28,7 @@ def environment_write(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
         function = ast.unparse(node.func)
         return function in {"os.putenv", "os.unsetenv"} or (
-            function.startswith(("os.environ.", "environ."))
-            and function.split(".")[-1] in ENVIRONMENT_WRITERS
+            function.startswith(("os.environ.", "environ.")) and function.split(".")[-1] in ENVIRONMENT_WRITERS
         )
     return (
         isinstance(node, ast.Subscript)

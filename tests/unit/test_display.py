@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from lorakit.report.numbers import DASH, blend, duration
-from lorakit.train import display
-from lorakit.train.display import LiveDisplay, PlainDisplay, make_display
+from lorakit.training import display
+from lorakit.training.display import LiveDisplay, PlainDisplay, make_display
 
 ENTRY = {
     "event": "train",

@@ -113,6 +113,12 @@ class AdapterLayer(nn.Module):
             self.store.swap(self._unmerged)
             self._unmerged = None
 
+    def fold(self) -> None:
+        """Merge for good: the original weight is forgotten."""
+        if not self.merged:
+            self.merge()
+        self._unmerged = None
+
     # Model code reads these of the module that it believes to have.
     @property
     def weight(self) -> Tensor:

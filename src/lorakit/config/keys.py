@@ -23,7 +23,7 @@ class Unbuilt:
 
 
 _OFF = (False,)
-_QUANTISED = "the base is held in bf16 or fp32; remove the quantisation keys"
+_QUANTISED = "the base is not quantised; remove the quantisation keys"
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 _GPUS = "a run uses one process; remove the key"
 _ADAPTER = "plain LoRA and rsLoRA (use_rslora) are what there is"
@@ -208,9 +208,7 @@ UNBUILT: dict[str, Unbuilt] = {
     "disable_tqdm": Unbuilt(_OFF, "plain lines appear by themselves when the output is not a terminal"),
     "use_swanlab": Unbuilt(_OFF, "metrics.jsonl and report.html hold everything"),
     "include_num_input_tokens_seen": Unbuilt(_OFF, "tokens per second are always logged; remove the key"),
-    "include_effective_tokens_per_second": Unbuilt(
-        _OFF, "tokens per second are always logged; remove the key"
-    ),
+    "include_effective_tokens_per_second": Unbuilt(_OFF, "tokens per second are always logged; remove the key"),
     "push_to_hub": Unbuilt(_OFF, _HUB),
     "hub_model_id": Unbuilt((), _HUB),
     "export_dir": Unbuilt((), "`lorakit merge` writes a plain model folder"),

@@ -95,9 +95,7 @@ def _check(settings: dict[str, Setting], problems: list[Problem], file: Path | N
     if problems:
         raise config_error(problems, name)
     warnings = tuple(
-        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}"
-        for rule in WARNINGS
-        if rule.broken(config)
+        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}" for rule in WARNINGS if rule.broken(config)
     )
     return Run(config, known, file, base_dir, warnings)
 
@@ -194,7 +192,7 @@ def _describe(option: Mapping[str, Any]) -> str:
             return f"{name}{_range(option)}"
         case "array":
             return "a text or list of texts"
-    return "a text that is not empty"
+    return "non-empty text"
 
 
 def _range(option: Mapping[str, Any]) -> str:

@@ -69,7 +69,7 @@ def resolve(run: Run) -> Resolved:
     warnings = list(run.warnings)
 
     if config.lora_alpha is None:
-        values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"  # noqa: RUF001
+        values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"
     if config.do_eval is None:
         values["do_eval"] = config.eval_dataset is not None
         origins["do_eval"] = f"derived: eval_dataset is {'' if values['do_eval'] else 'not '}given"
@@ -82,7 +82,7 @@ def resolve(run: Run) -> Resolved:
     if config.warmup_ratio > 0 and config.warmup_steps == 0:
         values["warmup_steps"], origins["warmup_steps"] = None, "derived: warmup_ratio is given"
     values["effective_batch"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    origins["effective_batch"] = "derived: per_device_train_batch_size × gradient_accumulation_steps"  # noqa: RUF001
+    origins["effective_batch"] = "derived: per_device_train_batch_size × gradient_accumulation_steps"
 
     problems += _resolve_paths(run, values, origins)
     problems += _resolve_precision(run, values, origins, warnings)

@@ -95,9 +95,7 @@ class TrainConfig(BaseModel):
     """Passes over the training rows."""
     max_steps: Annotated[Count | None, BeforeValidator(_endless)] = None
     """Number of updates; wins over num_train_epochs."""
-    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = (
-        "cosine"
-    )
+    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "cosine"
     """Course of the learning rate after the warm-up."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the updates in which the learning rate rises."""

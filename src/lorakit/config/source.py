@@ -35,6 +35,7 @@ _SYNTAX_HINTS = (
     ("mapping values", "put text that holds `: ` in quotes"),
     ("expected ',' or", "close the bracket"),
     ("quoted scalar", "close the quotes"),
+    ("another document", "remove the `---`: a configuration is one document"),
 )
 
 
@@ -175,11 +176,11 @@ def _compose(text: str, at: Place) -> Node | None:
     yaml.Composer = _PlainComposer
     lines = text.splitlines()
     try:
-        return yaml.compose(text)  # type: ignore[no-any-return]
+        return yaml.compose(text)
     except RecursionError as error:
         raise ProblemFoundError("lists or mappings are nested too deeply", at) from error
     except MarkedYAMLError as error:
-        message = error.problem or error.context or "not valid YAML"
+        message = (error.problem or error.context or "cannot be read").removeprefix("but ")
         hint = next((hint for sign, hint in _SYNTAX_HINTS if sign in f"{message} {error.context}"), None)
         mark = error.problem_mark or error.context_mark
         place = _point(mark, at, lines) if mark else at
@@ -187,7 +188,7 @@ def _compose(text: str, at: Place) -> Node | None:
     except ReaderError as error:
         before = text[: error.position]
         line, column = before.count("\n"), error.position - (before.rfind("\n") + 1)
-        message = f"not a text file: it holds the character {ord(text[error.position]):#06x}"
+        message = f"not plain text: it holds the character {ord(text[error.position]):#06x}"
         raise ProblemFoundError(message, _at(at, line, column, 1, lines)) from error
     except YAMLError as error:
         raise ProblemFoundError(f"not valid YAML: {error}", at) from error

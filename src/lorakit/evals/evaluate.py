@@ -12,7 +12,7 @@ from lorakit.data.encode import DataSummary, Row, encode_all
 from lorakit.data.sample import Sample
 from lorakit.evals.generate import generate
 from lorakit.evals.metrics import exact_match, field_scores, perplexity
-from lorakit.models.objective import batch_loss, batching
+from lorakit.evals.objective import batch_loss, batching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -47,7 +47,7 @@ def _greedy(
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()
-    out_BT = model.generate(
+    out_BT = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module's __getattr__
         **batch,
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -36,6 +36,7 @@ _DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
+_SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _INDEX = "model.safetensors.index.json"
 
 
@@ -160,11 +161,11 @@ def _weight_files(folder: Path) -> list[str]:
             raise ModelError(f"{_INDEX} has no `weight_map`", place=str(folder / _INDEX))
         names = sorted({str(name) for name in shards.values()})
         for name in names:
-            if Path(name).name != name or "\\" in name:
+            if not _SHARD.fullmatch(name):
                 raise ModelError(
-                    f"{_INDEX} points out of its folder: `{name}`",
+                    f"{_INDEX} names something other than a weight file beside it: `{name}`",
                     place=str(folder / _INDEX),
-                    remedy="do not use this model: an index has no honest reason to do that",
+                    remedy="do not use this model: an index has no honest reason for that",
                 )
     else:
         names = ["model.safetensors"]

@@ -47,9 +47,7 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def curve_svg(
-    xs: Sequence[float], ys: Sequence[float], *, title: str, unit: str, smooth: bool = False
-) -> str:
+def curve_svg(xs: Sequence[float], ys: Sequence[float], *, title: str, unit: str, smooth: bool = False) -> str:
     """One curve over steps as an ``<svg>`` element.
 
     Args:

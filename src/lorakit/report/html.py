@@ -71,10 +71,7 @@ def _pictures(record: RunRecord) -> list[Picture]:
     pictures = [
         _picture("Training loss", record.train, loss, "loss per token", smooth=True),
         _picture("Held-out loss", record.evals, loss, "loss per token", smooth=False),
-        *(
-            _picture(title, record.train, value, unit, smooth=smooth)
-            for title, value, unit, smooth in _CURVES
-        ),
+        *(_picture(title, record.train, value, unit, smooth=smooth) for title, value, unit, smooth in _CURVES),
     ]
     return [picture for picture in pictures if picture]
 

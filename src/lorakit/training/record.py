@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,10 +24,8 @@ from lorakit.files import write_json, write_text
 from lorakit.report.card import model_card
 from lorakit.report.html import write_report
 from lorakit.report.record import RunRecord
-from lorakit.train.folder import RunFolder
-
-if TYPE_CHECKING:
-    from lorakit.train.recipe import Job
+from lorakit.training.folder import RunFolder
+from lorakit.training.job import Job
 
 _SAMPLES = 10
 

@@ -14,10 +14,10 @@ from torch import nn
 from lorakit import hardware
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
-from lorakit.train.order import updates
-from lorakit.train.schedule import learning_rate
-from lorakit.train.signals import StopRequest
-from lorakit.train.step import StepResult, train_step
+from lorakit.training.order import updates
+from lorakit.training.schedule import learning_rate
+from lorakit.training.signals import StopRequest
+from lorakit.training.step import StepResult, train_step
 
 
 @dataclass(frozen=True)

@@ -9,52 +9,25 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
-
-from lorakit import hardware
 from lorakit.adapters.attach import attach
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import save_adapter
 from lorakit.config.load import load, load_mapping
-from lorakit.config.resolve import Resolved, resolve
-from lorakit.data.encode import DataSummary, Row, encode_all
-from lorakit.data.formats import read_samples
-from lorakit.data.sample import Sample, shared_system
+from lorakit.config.resolve import resolve
 from lorakit.errors import Interrupted, ModelError
 from lorakit.evals.evaluate import Evaluation, evaluate
+from lorakit.evals.objective import batching
 from lorakit.log import MetricsFile, logger
-from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
-from lorakit.models.objective import batching
-from lorakit.models.sources import ModelSource, locate
-from lorakit.train.display import Display, make_display
-from lorakit.train.folder import RunFolder
-from lorakit.train.loop import Hooks, Plan, fit
-from lorakit.train.optim import adamw
-from lorakit.train.order import total_steps
-from lorakit.train.record import describe, fingerprint, publish
-from lorakit.train.schedule import warmup_steps
-from lorakit.train.step import check_gradients_arrive
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True)
-class Job:
-    """All that a run works on, built from the configuration."""
-
-    settings: Resolved
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
-    data: DataSummary
-    held_out: list[Sample]
-    system: str | None  # the system message that all training rows share
-    source: ModelSource
-    plan: Plan
+from lorakit.training.display import Display, make_display
+from lorakit.training.folder import RunFolder
+from lorakit.training.job import Job, build
+from lorakit.training.loop import Hooks, fit
+from lorakit.training.optim import adamw
+from lorakit.training.record import describe, fingerprint, publish
+from lorakit.training.step import check_gradients_arrive
 
 
 @dataclass(frozen=True)
@@ -104,56 +77,6 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ())
     if stopped is not None:
         raise Interrupted(f"stopped by signal {stopped}; the adapter is in {folder.adapter}", signum=stopped)
     return RunResult(folder.path, folder.adapter, report, before, after)
-
-
-def build(settings: Resolved) -> Job:
-    """Load model, tokenizer and rows, and fix the numbers of the run; nothing is trained or written."""
-    torch.manual_seed(settings.seed)
-    samples = read_samples(settings.dataset, settings.max_samples)
-    held_out = read_samples(settings.eval_dataset, settings.max_samples) if settings.eval_dataset else []
-    source = locate(settings.model_name_or_path, settings.model_revision)
-    tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
-    rows, data = encode_all(tokenizer, samples, settings.cutoff_len)
-    model = load_model(
-        source,
-        precision=settings.precision,
-        device=hardware.device(),
-        trust_remote_code=settings.trust_remote_code,
-    )
-    check_vocabulary(model, tokenizer)
-    logger.info(
-        "%s rows, %s tokens (%s with loss), longest %s; truncated %s, dropped %s",
-        data.rows, data.tokens, data.supervised_tokens, data.longest, data.truncated, data.dropped,
-    )  # fmt: skip
-    return Job(
-        settings=settings,
-        model=model,
-        tokenizer=tokenizer,
-        rows=rows,
-        data=data,
-        held_out=held_out,
-        system=shared_system(samples),
-        source=source,
-        plan=_plan(settings, len(rows)),
-    )
-
-
-def _plan(settings: Resolved, rows: int) -> Plan:
-    steps = total_steps(
-        rows, settings.effective_batch, epochs=settings.num_train_epochs, max_steps=settings.max_steps
-    )
-    return Plan(
-        steps=steps,
-        micro_batch=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        schedule=settings.lr_scheduler_type,
-        learning_rate=settings.learning_rate,
-        warmup=warmup_steps(steps, ratio=settings.warmup_ratio, count=settings.warmup_steps),
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        logging_steps=settings.logging_steps,
-        save_steps=settings.save_steps,
-    )
 
 
 def _attach(job: Job) -> None:

@@ -9,7 +9,7 @@ import torch
 
 
 def total_steps(rows: int, per_update: int, *, epochs: float, max_steps: int | None) -> int:
-    """Number of updates: ``max_steps`` if given, else the epochs' worth; an epoch's last may be a partial one."""
+    """Number of updates: ``max_steps`` if given, else the epochs' worth."""
     if max_steps is not None:
         return max_steps
     return max(math.ceil(epochs * math.ceil(rows / per_update)), 1)

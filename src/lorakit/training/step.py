@@ -17,7 +17,7 @@ from torch import nn
 
 from lorakit.data.collate import Batch
 from lorakit.errors import DivergedError, TargetError
-from lorakit.models.objective import batch_loss
+from lorakit.evals.objective import batch_loss
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,35 @@
+"""Export: base and adapter as one plain model folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorakit.adapters.attach import adapter_layers, detach
+from lorakit.errors import ConflictError
+from lorakit.files import staged_folder
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def export_merged(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, *, dtype: torch.dtype
+) -> Path:
+    """Write ``model`` with its active adapters folded in as a transformers folder, all of it or nothing.
+
+    The adapters end with this: ``model`` is a plain one afterwards, with weights of ``dtype``.
+
+    Raises:
+        ConflictError: ``folder`` exists and is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConflictError(f"{folder} is there already", remedy="name a new folder")
+    for layer in adapter_layers(model).values():
+        layer.fold()
+    detach(model).to(dtype)
+    with staged_folder(folder) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+    return folder

@@ -1,0 +1,54 @@
+"""``lorakit evaluate``: numbers on a held-out file."""
+
+from __future__ import annotations
+
+import click
+
+from lorakit.cli.show import emit
+
+
+@click.command()
+@click.argument("model")
+@click.argument("data", nargs=-1, required=True, type=click.Path())
+@click.option("--base", help="Base model, if not the one that the adapter names.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first rows of each file.")
+@click.option("--cutoff-len", type=click.IntRange(min=16), default=2048, show_default=True)
+@click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
+@click.option("--no-generate", is_flag=True, help="Loss and perplexity only.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores as JSON.")
+def evaluate(
+    model: str,
+    data: tuple[str, ...],
+    base: str | None,
+    max_samples: int | None,
+    cutoff_len: int,
+    batch_size: int,
+    max_new_tokens: int,
+    no_generate: bool,
+    as_json: bool,
+) -> None:
+    r"""Score MODEL on the rows of DATA: loss, perplexity, exact match, field F1 of JSON answers.
+
+    MODEL is a run directory, an adapter folder or a base model. DATA are files or folders as for training.
+
+    \b
+    lorakit evaluate runs/addresses data/test.jsonl
+    """
+    from lorakit.data.formats import read_samples
+    from lorakit.evals.evaluate import evaluate as score
+    from lorakit.evals.session import open_session
+    from lorakit.log import logger
+
+    samples = read_samples(data, max_samples)
+    session = open_session(model, base=base)
+    result = score(
+        session.model,
+        session.tokenizer,
+        samples,
+        cutoff_len=cutoff_len,
+        batch_size=batch_size,
+        max_new_tokens=None if no_generate else max_new_tokens,
+        on_batch=lambda done, total: logger.info("%d/%d rows", done, total),
+    )
+    emit(result.scores(), as_json)
