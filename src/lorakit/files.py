@@ -6,6 +6,7 @@ A reader never sees half a file, and a crash or a full disk leaves what was ther
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -44,9 +45,10 @@ def write_with(path: Path, write: Callable[[Path], object]) -> None:
         aside.replace(path)
         fsync(path.parent)
     except OSError as error:
+        raise _refused(path, error) from error
+    finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise _refused(path, error) from error
 
 
 @contextlib.contextmanager
@@ -56,6 +58,8 @@ def staged_folder(target: Path) -> Iterator[Path]:
     A folder that stands at ``target`` is moved aside first and put back if the promotion fails.
     """
     try:
+        if target.exists() and not target.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "it is a file, not a folder")
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
         stage.chmod(0o777 & ~_umask())  # mkdtemp gives 0700, which hides results from other users

@@ -51,7 +51,8 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All events of a metrics file; a torn last line (a killed run) is left out."""
     events = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    # Not splitlines(): U+2028 and friends may stand inside a JSON string. A torn line may end inside a letter.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             events.append(json.loads(line))
         except ValueError:

@@ -25,7 +25,7 @@ from lorakit.report.record import (
 RECORD = RunRecord(
     path=Path("run"),
     info=RunInfo(
-        model=ModelInfo("org/tiny-model", "hub", license="apache-2.0"),
+        model=ModelInfo("org/tiny-model", "hub", "org/tiny-model", "apache-2.0"),
         lorakit="0.1.0",
         seconds=412.7,
         status="finished",
@@ -81,12 +81,6 @@ def test_unknown_license_and_local_base_are_left_out() -> None:
     assert "/home" not in card
 
 
-def test_an_alias_is_named_but_not_given_to_transformers() -> None:
-    card = model_card(with_model(name="tiny", kind="alias"))
-    assert front_matter(card)["base_model"] == "tiny"
-    assert "from_pretrained('path/to/the/base/model')" in card
-
-
 def test_hub_id_of_an_alias_is_what_others_load() -> None:
     card = model_card(with_model(name="tiny", kind="alias", hub_id="org/tiny-model"))
     assert front_matter(card)["base_model"] == "org/tiny-model"
@@ -108,8 +102,7 @@ def test_prose_is_the_record() -> None:
     card = model_card(RECORD)
     assert "rank 8, alpha 16 (scaling 2), 2,442,240 trained weights, 1.78 % of 136,957,248." in card
     assert (
-        "1,280 rows of `train.jsonl`, 161,234 tokens, 60,211 of them with loss; 2 rows were truncated."
-        in card
+        "1,280 rows of `train.jsonl`, 161,234 tokens, 60,211 of them with loss; 2 rows were truncated." in card
     )
     assert "Steps: 160; the last logged training loss is 0.2284. The whole run took 6m53s." in card
     assert "| `learning_rate` | `0.001` |" in card

@@ -202,9 +202,7 @@ def test_what_looks_like_a_path_must_exist(name: str) -> None:
         (("cpu",), {"fp16": True}, "fp32", "derived: a CPU does not compute in fp16 (argument)"),
     ],
 )
-def test_precision(
-    machine: Any, hardware_has: Any, keys: dict[str, bool], precision: str, origin: str
-) -> None:
+def test_precision(machine: Any, hardware_has: Any, keys: dict[str, bool], precision: str, origin: str) -> None:
     machine(*hardware_has)
     resolved = resolve(mapped(**keys))
     assert (resolved.precision, resolved.origins["precision"]) == (precision, origin)
@@ -212,9 +210,7 @@ def test_precision(
     assert len(resolved.warnings) == ("CPU" in origin)
 
 
-def test_fp16_on_a_cpu_is_warned_of_and_bf16_without_hardware_is_refused(
-    machine: Any, tmp_path: Path
-) -> None:
+def test_fp16_on_a_cpu_is_warned_of_and_bf16_without_hardware_is_refused(machine: Any, tmp_path: Path) -> None:
     machine("cpu")
     (warning,) = resolve(load(write(tmp_path, "fp16: true\n"))).warnings
     assert warning == "sft.yaml:1: `fp16` is for GPUs, a CPU only emulates it: computing in fp32"
@@ -375,6 +371,4 @@ def test_loading_is_quick_and_needs_no_torch(tmp_path: Path) -> None:
         for _ in range(3)
     ]
     assert all(run[1:] == ["False", "False"] for run in runs)
-    assert (
-        min(float(run[0]) for run in runs) < 0.5
-    )  # 0.15 s on a machine at rest, most of it pydantic's import
+    assert min(float(run[0]) for run in runs) < 0.5  # 0.15 s on a machine at rest, most of it pydantic's import

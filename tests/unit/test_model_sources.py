@@ -17,7 +17,7 @@ from transformers.utils import logging as chatter
 
 from lorakit.errors import ModelError
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
-from lorakit.models.sources import DEMO_MODEL, ModelSource, local_folder, locate, model_identity
+from lorakit.models.sources import DEMO_MODEL, ModelSource, local_folder, locate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
@@ -96,17 +96,14 @@ def test_a_folder(tiny_llama: Path) -> None:
     source = locate(str(tiny_llama))
     assert source == ModelSource(str(tiny_llama), "folder", tiny_llama)
     assert local_folder(source) == tiny_llama
-    assert model_identity(source) == {
-        "name": str(tiny_llama),
-        "kind": "folder",
-        "path": str(tiny_llama),
-        "revision": None,
-    }
+    assert (source.hub_id, source.license) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "Qwen/Qwen3-0.6B", "owner/name.v1_x"])
 def test_a_hub_id(name: str) -> None:
-    assert locate(name, "v1.0") == ModelSource(name, "hub", None, "v1.0")
+    source = locate(name, "v1.0")
+    assert source == ModelSource(name, "hub", None, "v1.0")
+    assert source.hub_id == name
 
 
 @pytest.mark.parametrize("name", ["no spaces", "a--b", "a..b", "owner/-name", "name.", "what?", ""])
@@ -230,9 +227,7 @@ def test_a_cut_gguf_leaves_nothing_behind(tiny_gguf: Path, tmp_path: Path, cache
     assert [made.name for made in (cache / "models").iterdir() if made.is_dir()] == []
 
 
-def test_a_gguf_becomes_a_plain_folder_once(
-    tiny_gguf: Path, cache: Path, capfd: pytest.CaptureFixture
-) -> None:
+def test_a_gguf_becomes_a_plain_folder_once(tiny_gguf: Path, cache: Path, capfd: pytest.CaptureFixture) -> None:
     bars = chatter.is_progress_bar_enabled()
     source = locate(str(tiny_gguf))
     assert capfd.readouterr() == ("", "")
@@ -270,9 +265,7 @@ def test_a_loaded_model_is_frozen(tiny_llama: Path, precision: Any, dtype: torch
 
 def test_weights_of_another_size(folder: Path) -> None:
     edit(folder / "config.json", intermediate_size=96)
-    with pytest.raises(
-        ModelError, match=r"the weights have the wrong shape for model.layers.0.mlp.down_proj"
-    ):
+    with pytest.raises(ModelError, match=r"the weights have the wrong shape for model.layers.0.mlp.down_proj"):
         load_model(locate(str(folder)), precision="fp32")
 
 

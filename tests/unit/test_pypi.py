@@ -59,9 +59,7 @@ def digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def test_a_wheel_is_fetched_once_and_kept(
-    index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_wheel_is_fetched_once_and_kept(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = digest(index / WHEEL)
     path = fetch("lorakit-probe==1.0", WHEEL, expected, folder=tmp_path / "kept")
     assert path == tmp_path / "kept" / WHEEL
@@ -106,9 +104,7 @@ def test_offline_says_what_to_do(index: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(ModelError) as caught:
         fetch("lorakit-probe==1.0", SDIST, "0" * 64, folder=tmp_path / "kept", source_only=True)
-    assert caught.value.message.startswith(
-        "cannot fetch lorakit-probe==1.0 from the package index: Could not"
-    )
+    assert caught.value.message.startswith("cannot fetch lorakit-probe==1.0 from the package index: Could not")
     assert caught.value.remedy == (
         "check the connection, or run `pip download --no-deps --no-binary lorakit-probe lorakit-probe==1.0` "
         f"where there is one and put {SDIST} into {tmp_path / 'kept'} "

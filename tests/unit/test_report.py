@@ -222,8 +222,7 @@ def test_missing_and_nan_become_dashes(tmp_path: Path) -> None:
 
 def test_measures_know_which_way_is_better() -> None:
     found = {
-        m.name: m
-        for m in measures(EvalPoint(0, loss=1.0, field_f1=0.5), EvalPoint(9, loss=2.0, field_f1=0.75))
+        m.name: m for m in measures(EvalPoint(0, loss=1.0, field_f1=0.5), EvalPoint(9, loss=2.0, field_f1=0.75))
     }
     assert found["Loss"][1:] == ("1.000", "2.000", "+1.000", False)
     assert found["Field F1"][1:] == ("0.500", "0.750", "+0.250", True)

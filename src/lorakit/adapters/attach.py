@@ -11,7 +11,7 @@ from lorakit.adapters.layer import AdapterLayer
 from lorakit.adapters.routing import Route
 from lorakit.adapters.spec import Initialiser, LoRAConfig, check_adapter_name
 from lorakit.adapters.targets import select
-from lorakit.errors import UsageError
+from lorakit.errors import ConflictError, UsageError
 
 
 def add_lora_to_model(  # noqa: PLR0913 - the public signature of the library, all keywords
@@ -40,12 +40,20 @@ def add_lora_to_model(  # noqa: PLR0913 - the public signature of the library, a
 
 
 def attach(model: nn.Module, config: LoRAConfig, name: str = "default", *, seed: int | None = None) -> None:
-    """Add the adapter ``name`` described by ``config`` and make it the active one."""
+    """Add the adapter ``name`` described by ``config`` and make it the active one.
+
+    Raises:
+        TargetError, ConflictError: it cannot be added (the second: the name is taken, or the adapters are
+            merged); the model is untouched.
+    """
     check_adapter_name(name)
     chosen = select(model, config.target_modules)
+    present = adapter_layers(model)
+    _refuse_merged(present)
+    if any(name in layer.adapters for layer in present.values()):
+        raise ConflictError(f"an adapter called {name!r} is already there", remedy="choose another name")
     freeze_backbone_params(model)
     generator = None if seed is None else torch.Generator().manual_seed(seed)
-    present = adapter_layers(model)
     for path, module in chosen.items():
         layer = present.get(path) or _wrap(model, path, module)
         adapter = layer.add_adapter(name, config)
@@ -67,7 +75,9 @@ def activate(model: nn.Module, *names: str) -> None:
     """Route every row through the adapters ``names``; without names, through the base alone."""
     for name in names:
         carriers(model, name)
-    for layer in adapter_layers(model).values():
+    layers = adapter_layers(model)
+    _refuse_merged(layers)
+    for layer in layers.values():
         layer.route = Route(tuple(name for name in names if name in layer.adapters))
 
 
@@ -87,8 +97,9 @@ def carriers(model: nn.Module, name: str) -> dict[str, AdapterLayer]:
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
-    """Take the adapter ``name`` off; layers without any adapter become their base modules again."""
+    """Unmerge and take the adapter ``name`` off; layers without adapters become their base modules again."""
     for path, layer in adapter_layers(model).items():
+        layer.unmerge()
         layer.remove_adapter(name)
         if not layer.adapters:
             model.set_submodule(path, layer.base)
@@ -107,6 +118,12 @@ def count_parameters(model: nn.Module) -> dict[str, int | float]:
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return {"trainable": trainable, "total": total, "percent": 100 * trainable / max(total, 1)}
+
+
+def _refuse_merged(layers: dict[str, AdapterLayer]) -> None:
+    """A merged layer computes with its merged weight alone: what changes its adapters would do nothing."""
+    if any(layer.merged for layer in layers.values()):
+        raise ConflictError("the adapters are merged", remedy="call unmerge_lora_weights() first")
 
 
 def _wrap(model: nn.Module, path: str, module: nn.Module) -> AdapterLayer:

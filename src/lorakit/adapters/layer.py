@@ -22,6 +22,10 @@ from lorakit.ops.linear import lora_linear
 from lorakit.quant.store import DenseStore, Store
 
 
+def _keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """A hook that changes nothing."""
+
+
 class AdapterLayer(nn.Module):
     """A frozen base module with any number of named adapters, of which the route's are active."""
 
@@ -33,11 +37,11 @@ class AdapterLayer(nn.Module):
         self.adapters = nn.ModuleDict()
         self.route: Route = BASE
         self._unmerged: nn.Parameter | None = None
+        # nn.TransformerEncoderLayer reads `weight` past forward in evaluation, unless its layers have hooks.
+        self.register_forward_pre_hook(_keep)
 
     def add_adapter(self, name: str, config: LoRAConfig) -> Adapter:
         """Create the tensors of one more adapter (A not yet initialised, B zero)."""
-        if name in self.adapters:
-            raise ConflictError(f"an adapter called {name!r} is already there")
         shapes = self.host.shapes(self.base, config.r)
         adapter = Adapter(METHODS["lora"], config, shapes, self.store.read().device)
         adapter.train(self.training)
@@ -47,7 +51,6 @@ class AdapterLayer(nn.Module):
     def remove_adapter(self, name: str) -> None:
         """Take the adapter ``name`` off, if it is here, and out of the route."""
         if name in self.adapters:
-            self.unmerge()
             del self.adapters[name]
             self.route = Route(tuple(other for other in self.route.names if other != name))
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from torch import nn
 
+from lorakit.adapters.inits import INITIALISERS
 from lorakit.errors import UsageError
 
 Initialiser = Literal["kaiming", "gaussian"]
@@ -51,25 +53,30 @@ class LoRAConfig:
         alpha: float | None = None,
     ) -> None:
         rank = _one_of("r", r, "rank", rank, 8)
+        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+            raise UsageError(f"r must be a whole number of at least 1, not {rank!r}")
+        alpha = _one_of("lora_alpha", lora_alpha, "alpha", alpha, 2 * rank)
+        if not _is_number(alpha) or not 0 < alpha <= sys.float_info.max:
+            raise UsageError(f"lora_alpha must be a positive number, not {alpha!r:.80}")
+        if not _is_number(lora_dropout) or not 0.0 <= lora_dropout < 1.0:
+            raise UsageError(f"lora_dropout must be at least 0 and below 1, not {lora_dropout!r:.80}")
+        if not isinstance(use_rslora, bool):
+            raise UsageError(f"use_rslora must be true or false, not {use_rslora!r:.80}")
+        if init_lora_weights not in INITIALISERS:
+            raise UsageError(
+                f"unknown initialiser {init_lora_weights!r:.80}",
+                remedy=f"choose one of {', '.join(INITIALISERS)}",
+            )
         values = {
             "r": rank,
-            "lora_alpha": float(_one_of("lora_alpha", lora_alpha, "alpha", alpha, 2 * rank)),
-            "lora_dropout": lora_dropout,
+            "lora_alpha": float(alpha),
+            "lora_dropout": float(lora_dropout),
             "target_modules": parse_targets(target_modules),
             "use_rslora": use_rslora,
             "init_lora_weights": init_lora_weights,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen from here on
-        self._check()
-
-    def _check(self) -> None:
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise UsageError(f"r must be a whole number of at least 1, not {self.r!r}")
-        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
-            raise UsageError(f"lora_alpha must be a positive number, not {self.lora_alpha!r}")
-        if not 0.0 <= self.lora_dropout < 1.0:
-            raise UsageError(f"lora_dropout must be at least 0 and below 1, not {self.lora_dropout!r}")
 
     @property
     def rank(self) -> int:
@@ -109,6 +116,10 @@ def check_adapter_name(name: str) -> str:
             remedy="use up to 64 letters, digits, - and _, starting with a letter or digit",
         )
     return name
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _one_of(first_name: str, first: T | None, second_name: str, second: T | None, default: T) -> T:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorakit.adapters.attach import adapter_layers, detach
+from lorakit.checkpoint.peft_format import storage_errors
 from lorakit.errors import ConflictError
 from lorakit.files import staged_folder
 
@@ -29,7 +30,7 @@ def export_merged(
     for layer in adapter_layers(model).values():
         layer.fold()
     detach(model).to(dtype)
-    with staged_folder(folder) as stage:
+    with staged_folder(folder) as stage, storage_errors():
         model.save_pretrained(stage)
         tokenizer.save_pretrained(stage)
     return folder

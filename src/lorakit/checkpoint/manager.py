@@ -45,17 +45,19 @@ class LoRAManager:
         remove_adapter(self.model, name)
 
     def save_lora_checkpoint(self, path: str | Path, adapter_name: str = "default") -> Path:
-        """Write a PEFT folder, all of it or nothing."""
+        """Write a PEFT folder, all of it or nothing; a folder that is there already is replaced."""
         return save_adapter(self.model, Path(path), adapter_name)
 
     def load_lora_checkpoint(self, path: str | Path, adapter_name: str = "default") -> None:
-        """Attach the adapter of a PEFT folder; every tensor must match, or nothing is loaded."""
-        if adapter_name in self.adapter_names:
-            remove_adapter(self.model, adapter_name)
+        """Attach the adapter of a PEFT folder, in place of one of that name; if a tensor does not match,
+        nothing changes.
+        """
         load_adapter(self.model, Path(path), adapter_name)
 
     def merge_lora_weights(self, adapter_names: list[str] | None = None) -> None:
         """Fold the adapters (the active ones if not named) into the base weights."""
+        for name in adapter_names or ():
+            carriers(self.model, name)
         for layer in adapter_layers(self.model).values():
             names = None if adapter_names is None else tuple(n for n in adapter_names if n in layer.adapters)
             layer.merge(names)

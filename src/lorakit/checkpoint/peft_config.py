@@ -28,6 +28,8 @@ _DESCRIPTIVE = {
     "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core",
     "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
+# Starts that set the adapter alone. Others (pissa, olora, loftq …) take something out of the base weight, too.
+_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": ("none",)}  # other keys: null, false or empty
 
 
@@ -83,11 +85,14 @@ def read_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
         )
     try:
         return _to_config(raw), raw
-    except (LorakitError, KeyError, TypeError, ValueError) as error:
+    except (LorakitError, ValueError) as error:
         raise AdapterMismatchError(f"not a usable adapter description: {error}", place=str(path)) from error
 
 
 def _to_config(raw: dict[str, Any]) -> LoRAConfig:
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} must be given")
     rank, start = raw["r"], raw.get("init_lora_weights", True)
     if isinstance(rank, int) and rank > _MAX_RANK:
         raise ValueError(f"r = {rank} is beyond {_MAX_RANK}")
@@ -111,6 +116,8 @@ def _to_config(raw: dict[str, Any]) -> LoRAConfig:
 def _harmless(key: str, value: Any) -> bool:
     if key in {"layers_to_transform", "layers_pattern"}:
         return value is None
+    if key == "init_lora_weights":
+        return value in _HARMLESS_STARTS
     return key in _DESCRIPTIVE or value in (None, False, {}, [], "") or value in _NEUTRAL.get(key, ())
 
 

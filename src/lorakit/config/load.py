@@ -55,12 +55,24 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         ConfigError: with every problem of the file and the overrides.
     """
     path = Path(path)
-    problems: list[Problem] = []
     try:
-        written, doubled = merge(read_file(path))
+        written = read_file(path)
     except ProblemFoundError as error:
         raise config_error([error.problem], str(path)) from error
-    problems += doubled
+    return _check(written, overrides, path, path.absolute().parent)
+
+
+def load_mapping(values: Mapping[str, Any], base_dir: Path, overrides: Sequence[str] = ()) -> Run:
+    """Check values given in Python; relative paths start from ``base_dir``.
+
+    Raises:
+        ConfigError: with every problem of the values and the overrides.
+    """
+    return _check(read_mapping(values, base_dir.absolute()), overrides, None, base_dir.absolute())
+
+
+def _check(written: Sequence[Setting], overrides: Sequence[str], file: Path | None, base_dir: Path) -> Run:
+    settings, problems = merge(written)
     arguments = []
     for override in overrides:
         try:
@@ -68,20 +80,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Run:
         except ProblemFoundError as error:
             problems.append(error.problem)
     given, doubled = merge(arguments)
-    return _check({**written, **given}, problems + doubled, path, path.absolute().parent)
-
-
-def load_mapping(values: Mapping[str, Any], base_dir: Path) -> Run:
-    """Check values given in Python; relative paths start from ``base_dir``.
-
-    Raises:
-        ConfigError: with every problem of the values.
-    """
-    settings, problems = merge(read_mapping(values, base_dir.absolute()))
-    return _check(settings, problems, None, base_dir.absolute())
-
-
-def _check(settings: dict[str, Setting], problems: list[Problem], file: Path | None, base_dir: Path) -> Run:
+    problems += doubled
+    settings |= given
     name = _name(file)
     known = {key: setting for key, setting in settings.items() if key in _FIELDS}
     problems += [problem for key, at in settings.items() if key not in _FIELDS for problem in _refuse(at)]

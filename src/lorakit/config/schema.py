@@ -74,7 +74,7 @@ class TrainConfig(BaseModel):
     eval_dataset: Paths | None = None
     """Files or folders with held-out rows."""
     max_samples: Count | None = None
-    """Use at most this many training rows."""
+    """Use at most this many rows of each file."""
     cutoff_len: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Longest sequence in tokens."""
 
@@ -130,7 +130,7 @@ class TrainConfig(BaseModel):
     save_steps: Count | None = None
     """Updates between two checkpoints; none if left out."""
     plot_loss: bool = True
-    """Draw the loss curve in the report."""
+    """Draw the curves of loss, rate and memory in the report."""
 
     do_eval: bool | None = None
     """Evaluate after training; true if eval_dataset is given."""

@@ -97,7 +97,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
     labels = [IGNORE] * len(ids)
     ends = _end_tokens(tokenizer)
     for start, stop in spans:
-        inside = [i for i, (begin, end) in enumerate(offsets) if start <= begin and end <= stop and begin < end]
+        # Tokenizers that trim offsets give a token of spaces the empty range (end, end): it is inside, too.
+        inside = [i for i, (begin, end) in enumerate(offsets) if start <= begin and start < end <= stop]
         last = next((i for i in reversed(inside) if ids[i] in ends), None)
         if last is None:
             raise DataError(

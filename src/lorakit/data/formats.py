@@ -48,10 +48,12 @@ def _alpaca(row: dict[str, Any], place: str) -> list[Message]:
     messages = []
     if system := _text(row, "system", place):
         messages.append(Message("system", system))
-    for pair in row.get("history") or []:
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
-            raise DataError("history must be a list of [question, answer] pairs", place=place)
-        messages += [Message("user", pair[0]), Message("assistant", pair[1])]
+    history = row.get("history") or []
+    if not (isinstance(history, list) and all(isinstance(pair, list) and len(pair) == 2 for pair in history)):
+        raise DataError("history must be a list of [question, answer] pairs", place=place)
+    for question, answer in history:
+        messages.append(Message("user", _checked_text(question, "a turn of history", place)))
+        messages.append(Message("assistant", _checked_text(answer, "a turn of history", place)))
     parts = [_text(row, "instruction", place), _text(row, "input", place)]
     messages.append(Message("user", "\n".join(part for part in parts if part)))
     messages.append(Message("assistant", _text(row, "output", place)))
@@ -82,14 +84,16 @@ _FORMATS: tuple[tuple[frozenset[str], Callable[[dict[str, Any], str], list[Messa
 
 def _text(row: dict[str, Any], key: str, place: str) -> str:
     value = row.get(key)
-    if value is None:
-        return ""
+    return "" if value is None else _checked_text(value, key, place)
+
+
+def _checked_text(value: object, what: str, place: str) -> str:
     if not isinstance(value, str):
-        raise DataError(f"{key} must be text, not {type(value).__name__}", place=place)
+        raise DataError(f"{what} must be text, not {type(value).__name__}", place=place)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{key} holds a lone surrogate at character {error.start}", place=place) from error
+        raise DataError(f"{what} holds a lone surrogate at character {error.start}", place=place) from error
     return value
 
 

@@ -26,9 +26,13 @@ PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 def can_pack(model: PreTrainedModel, longest: int) -> bool:
     """Whether rows up to ``longest`` tokens may be laid end to end for this model."""
-    config = model.config
-    window = config.to_dict().get("sliding_window")
-    return config.model_type in PACKABLE and (window is None or window >= longest)
+    config = model.config.to_dict()
+    window = config.get("sliding_window")
+    return (
+        config["model_type"] in PACKABLE
+        and (window is None or window >= longest)
+        and not config.get("attention_dropout")  # `packed_attention` has no dropout
+    )
 
 
 @contextlib.contextmanager

@@ -32,6 +32,7 @@ Kind = Literal["alias", "folder", "gguf", "hub"]
 
 DEMO_MODEL = "smollm2-135m-instruct"
 
+_DEMO_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its weights in 4 bits, dequantised again
 _DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
@@ -55,6 +56,16 @@ class ModelSource:
     kind: Kind
     path: Path | None
     revision: str | None = None
+
+    @property
+    def hub_id(self) -> str | None:
+        """What the hub calls this model, or the model it was made from; None for local files."""
+        return {"hub": self.name, "alias": _DEMO_ORIGIN}.get(self.kind)
+
+    @property
+    def license(self) -> str | None:
+        """The licence, where lorakit knows it."""
+        return "apache-2.0" if self.kind == "alias" else None
 
 
 def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
@@ -97,16 +108,6 @@ def local_folder(source: ModelSource, *, weights: bool = True, trust_remote_code
     if weights:
         _check_folder(folder)
     return folder
-
-
-def model_identity(source: ModelSource) -> dict[str, str | None]:
-    """What reports and manifests say about the base model."""
-    return {
-        "name": source.name,
-        "kind": source.kind,
-        "path": str(source.path) if source.path else None,
-        "revision": source.revision,
-    }
 
 
 def _demo_folder() -> Path:

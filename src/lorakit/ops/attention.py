@@ -10,6 +10,8 @@ Shapes: q [H, T, D], k and v [G, T, D] with G key/value heads (H = G · groups),
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -49,6 +51,30 @@ def buckets(lengths: Sequence[int], heads: int) -> list[list[int]]:
     return groups
 
 
+@functools.lru_cache(maxsize=16)
+def _layout(lengths: tuple[int, ...], heads: int, device: torch.device) -> tuple[tuple[Tensor, ...], Tensor]:
+    """Where the tokens of each bucket are, and where each token's result stands after all buckets.
+
+    One layout serves every layer of a model, so it is kept. ``index_SL`` of a bucket points at each segment's
+    tokens; past a segment's end at its last one, which no real query sees because the mask is causal, and whose
+    result is not read.
+    """
+    starts = [0, *itertools.accumulate(lengths)]
+    indices: list[Tensor] = []
+    place_T = torch.empty(starts[-1], dtype=torch.long)
+    done = 0
+    for group in buckets(lengths, heads):
+        step_L = torch.arange(lengths[group[0]])
+        first_S = torch.tensor([starts[s] for s in group])
+        size_S = torch.tensor([lengths[s] for s in group])
+        index_SL = first_S[:, None] + torch.minimum(step_L[None], size_S[:, None] - 1)
+        real_SL = step_L[None] < size_S[:, None]
+        place_T[index_SL[real_SL]] = done + real_SL.flatten().nonzero().flatten()
+        done += index_SL.numel()
+        indices.append(index_SL.to(device))
+    return tuple(indices), place_T.to(device)
+
+
 def packed_attention(
     q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], scaling: float
 ) -> Tensor:
@@ -56,27 +82,9 @@ def packed_attention(
     heads, total, _ = q_HTD.shape
     if sum(lengths) != total:
         raise ValueError(f"segment lengths add up to {sum(lengths)}, but there are {total} tokens")
-    starts = [0]
-    for length in lengths:
-        starts.append(starts[-1] + length)
-    parts, places = [], []
-    for group in buckets(lengths, heads):
-        longest = lengths[group[0]]
-        # index_SL points at each segment's tokens; past its end at its last token, which no real query sees
-        # because the mask is causal, and whose result row is dropped.
-        step_L = torch.arange(longest, device=q_HTD.device)
-        first_S = torch.tensor([starts[s] for s in group], device=q_HTD.device)
-        size_S = torch.tensor([lengths[s] for s in group], device=q_HTD.device)
-        index_SL = first_S[:, None] + torch.minimum(step_L[None], size_S[:, None] - 1)
-        real_SL = step_L[None] < size_S[:, None]
-        out_HSLD = _dense_causal(q_HTD, k_GTD, v_GTD, index_SL, scaling)
-        parts.append(out_HSLD[:, real_SL])
-        places.append(index_SL[real_SL])
-    if len(parts) == 1 and len(lengths) == 1:
-        return parts[0]
-    order_T = torch.empty(total, dtype=torch.long, device=q_HTD.device)
-    order_T[torch.cat(places)] = torch.arange(total, device=q_HTD.device)
-    return torch.cat(parts, dim=1).index_select(1, order_T)
+    indices, place_T = _layout(tuple(lengths), heads, q_HTD.device)
+    parts = [_dense_causal(q_HTD, k_GTD, v_GTD, index_SL, scaling).flatten(1, 2) for index_SL in indices]
+    return torch.cat(parts, dim=1).index_select(1, place_T)
 
 
 def _dense_causal(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, index_SL: Tensor, scaling: float) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def lora_linear_reference(
@@ -39,6 +40,7 @@ class _LoRALinear(torch.autograd.Function):
         return y_NO.view(*x.shape[:-1], W.shape[0])
 
     @staticmethod
+    @once_differentiable  # h is saved as a number: a second derivative would be wrong without a word
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, h_NR, W, A, B = ctx.saved_tensors
         g_NO = grads[0].reshape(-1, W.shape[0])

@@ -6,7 +6,6 @@ It says what the run's record holds and nothing else; what was not measured is n
 from __future__ import annotations
 
 import io
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from ruamel.yaml import YAML
 from lorakit.report.numbers import dimensions, duration, measures, number
 from lorakit.report.record import DataInfo, ModelInfo, RunRecord
 
-_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _SETTINGS = (
     "learning_rate",
     "lr_scheduler_type",
@@ -52,7 +50,7 @@ def model_card(record: RunRecord) -> str:
 
 def _front_matter(model: ModelInfo) -> str:
     values: dict[str, Any] = {"library_name": "peft"}
-    if base := _public_name(model):
+    if base := model.hub_id:
         values |= {"base_model": base, "base_model_relation": "adapter"}
     values |= {"pipeline_tag": "text-generation", "tags": ["lora", "lorakit"]}
     if model.license:
@@ -69,13 +67,15 @@ def _summary(record: RunRecord) -> str:
     info = record.info
     name = Path(info.model.name).name
     lines = [f"# LoRA adapter for {_code(name)}", ""]
-    base = f"A LoRA adapter for the language model {_code(_public_name(info.model) or name)}"
+    base = f"A LoRA adapter for the language model {_code(info.model.hub_id or name)}"
     if adapter := info.adapter:
         base += (
             f": rank {adapter.r}, alpha {adapter.lora_alpha:g} (scaling {adapter.scaling:.4g}), "
             f"{adapter.trainable:,} trained weights, {adapter.percent:.2f} % of {adapter.total:,}"
         )
     lines.append(f"{base}. Trained with lorakit{f' {info.lorakit}' if info.lorakit else ''}.")
+    if info.model.kind == "alias":
+        lines += ["", f"The base was {_code(name)}: that model's weights in 4 bits (GGUF Q4_1), dequantised."]
     if info.status and info.status != "finished":
         lines += ["", f"**The run did not come to its end; its status is {_code(info.status)}.**"]
     if info.base_unchanged:
@@ -125,9 +125,7 @@ def _evaluation(record: RunRecord) -> str:
 
 
 def _usage(model: ModelInfo) -> str:
-    # transformers does not know lorakit's aliases
-    loadable = model.hub_id if model.kind == "alias" else _public_name(model)
-    base = repr(loadable or "path/to/the/base/model")
+    base = repr(model.hub_id or "path/to/the/base/model")
     return f"""## How to use it
 
 With PEFT:
@@ -156,14 +154,6 @@ def _limits(record: RunRecord) -> str:
         "hostile prompts, and what the base model may have unlearned."
         f"{missing} The limits of the base model apply."
     )
-
-
-def _public_name(model: ModelInfo) -> str | None:
-    """What others know the base by; a local folder or file has no such name."""
-    if model.hub_id:
-        return model.hub_id
-    local = model.kind in {"folder", "gguf"}
-    return model.name if not local and _HUB_ID.fullmatch(model.name) else None
 
 
 def _data(data: DataInfo) -> str:

@@ -67,6 +67,8 @@ def render(record: RunRecord) -> str:
 
 
 def _pictures(record: RunRecord) -> list[Picture]:
+    if record.settings.get("plot_loss") is False:
+        return []
     loss = attrgetter("loss")
     pictures = [
         _picture("Training loss", record.train, loss, "loss per token", smooth=True),

@@ -50,7 +50,7 @@ _Point = TypeVar("_Point", TrainPoint, EvalPoint)
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """The base model; ``hub_id`` where it is published under another name than the run calls it by."""
+    """The base model; ``hub_id`` is what the model hub calls it, or the model it was made from."""
 
     name: str
     kind: str | None = None

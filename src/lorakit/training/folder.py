@@ -1,4 +1,7 @@
-"""The run directory: claimed before any work, filled file by file, never mixed with another run's.
+"""The run directory: checked before any work, filled file by file, never mixed with another run's.
+
+An earlier run's results are replaced only once this one is ready to train: a mistake in model, data or targets
+costs nothing that was there.
 
 config.resolved.yaml  metrics.jsonl  adapter/  checkpoint-<step>/  run.json  report.html
 """
@@ -6,6 +9,7 @@ config.resolved.yaml  metrics.jsonl  adapter/  checkpoint-<step>/  run.json  rep
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,33 +50,33 @@ class RunFolder:
         """The adapter as it was after ``step`` updates."""
         return self.path / f"checkpoint-{step}"
 
-    @classmethod
-    def claim(cls, path: Path, config: str, *, overwrite: bool) -> RunFolder:
-        """Make the directory and write the resolved configuration into it.
+    def check(self, *, overwrite: bool) -> None:
+        """Refuse, before any work is spent, a directory that cannot or may not be used; changes nothing there.
 
         Raises:
             ConflictError: another run's results are there and ``overwrite`` is false.
             StorageError: the directory cannot be made or written.
         """
-        folder = cls(path)
         try:
-            old = list(folder._results())
+            self.path.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=self.path).close()
+            old = list(self._results())
         except OSError as error:
-            raise StorageError(f"cannot use output_dir {path}: {error.strerror}") from error
+            raise StorageError(f"cannot use output_dir {self.path}: {error.strerror}") from error
         if old and not overwrite:
             raise ConflictError(
-                f"the results of another run are in {path} ({old[0].name} …)",
+                f"the results of another run are in {self.path} ({old[0].name} …)",
                 remedy="choose another output_dir, or set overwrite_output_dir: true to replace them",
             )
-        for result in old:
+
+    def begin(self, config: str) -> None:
+        """Replace what an earlier run left by the resolved configuration of this one."""
+        for result in list(self._results()):
             shutil.rmtree(result) if result.is_dir() else result.unlink()
-        write_text(folder.config, config)
-        return folder
+        write_text(self.config, config)
 
     def _results(self) -> Iterator[Path]:
         """What an earlier run wrote here; other files of the user's are not a run's business."""
-        if not self.path.exists():
-            return
         for entry in sorted(self.path.iterdir()):
             if entry.name in _FILES or entry.name == "adapter" or entry.name.startswith("checkpoint-"):
                 yield entry

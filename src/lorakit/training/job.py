@@ -8,16 +8,20 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorakit import hardware
+from lorakit.adapters.attach import attach
+from lorakit.adapters.spec import LoRAConfig
 from lorakit.config.resolve import Resolved
 from lorakit.data.encode import DataSummary, Row, encode_all
 from lorakit.data.formats import read_samples
 from lorakit.data.sample import Sample, shared_system
+from lorakit.evals.objective import batching
 from lorakit.log import logger
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
 from lorakit.models.sources import ModelSource, locate
 from lorakit.training.loop import Plan
 from lorakit.training.order import total_steps
 from lorakit.training.schedule import warmup_steps
+from lorakit.training.step import check_gradients_arrive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,7 +43,10 @@ class Job:
 
 
 def build(settings: Resolved) -> Job:
-    """Load model, tokenizer and rows, and fix the numbers of the run; nothing is trained or written."""
+    """Load model, tokenizer and rows, attach the adapter and fix the numbers; nothing is trained or written.
+
+    The adapter's B is zero, so that the model still answers as the base does, bit for bit.
+    """
     torch.manual_seed(settings.seed)
     samples = read_samples(settings.dataset, settings.max_samples)
     held_out = read_samples(settings.eval_dataset, settings.max_samples) if settings.eval_dataset else []
@@ -53,6 +60,9 @@ def build(settings: Resolved) -> Job:
         trust_remote_code=settings.trust_remote_code,
     )
     check_vocabulary(model, tokenizer)
+    _attach(model, settings)
+    with batching(model, tokenizer, rows) as collate:
+        check_gradients_arrive(model, collate([min(rows, key=lambda row: len(row.ids))]))
     logger.info(
         "%s rows, %s tokens (%s with loss), longest %s; truncated %s, dropped %s",
         data.rows, data.tokens, data.supervised_tokens, data.longest, data.truncated, data.dropped,
@@ -68,6 +78,19 @@ def build(settings: Resolved) -> Job:
         source=source,
         plan=_plan(settings, len(rows)),
     )
+
+
+def _attach(model: PreTrainedModel, settings: Resolved) -> None:
+    config = LoRAConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target,
+        use_rslora=settings.use_rslora,
+    )
+    attach(model, config, seed=settings.seed)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _plan(settings: Resolved, rows: int) -> Plan:

@@ -1,6 +1,6 @@
 """A training run, told on one page: configuration in, adapter and evidence out.
 
-load → resolve → claim the folder → build → (evaluate the base) → attach → fit → save → evaluate → report
+load → resolve → check the folder → build → (evaluate the base) → fit → save → evaluate → report
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.attach import attach
-from lorakit.adapters.spec import LoRAConfig
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import save_adapter
 from lorakit.config.load import load, load_mapping
@@ -27,7 +25,6 @@ from lorakit.training.job import Job, build
 from lorakit.training.loop import Hooks, fit
 from lorakit.training.optim import adamw
 from lorakit.training.record import describe, fingerprint, publish
-from lorakit.training.step import check_gradients_arrive
 
 
 @dataclass(frozen=True)
@@ -53,44 +50,30 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ())
         Interrupted: stopped by a signal; the adapter as it was then is saved.
     """
     started = time.time()
-    run = load_mapping(config, Path.cwd()) if isinstance(config, Mapping) else load(config, overrides)
-    settings = resolve(run)
+    if isinstance(config, Mapping):
+        settings = resolve(load_mapping(config, Path.cwd(), overrides))
+    else:
+        settings = resolve(load(config, overrides))
     for warning in settings.warnings:
         logger.warning("warning: %s", warning)
-    folder = RunFolder.claim(
-        Path(settings.output_dir), settings.to_yaml(), overwrite=settings.overwrite_output_dir
-    )
+    folder = RunFolder(Path(settings.output_dir))
+    folder.check(overwrite=settings.overwrite_output_dir)
+    job = build(settings)
+    folder.begin(settings.to_yaml())
     with MetricsFile(folder.metrics) as metrics:
-        job = build(settings)
         before = _evaluate(job, metrics, step=0, wanted=settings.eval_on_start)
         base = fingerprint(job.model)
-        _attach(job)
         stopped = _fit(job, folder, metrics)
         _save(job, folder.adapter)
         if fingerprint(job.model) != base:
             raise ModelError("training changed the base weights: the adapter cannot be trusted")
-        after = None
-        if stopped is None:
-            after = _evaluate(job, metrics, step=job.plan.steps, wanted=settings.do_eval)
+        wanted = settings.do_eval and stopped is None
+        after = _evaluate(job, metrics, step=job.plan.steps, wanted=wanted)
     status = "finished" if stopped is None else "interrupted"
     report = publish(folder, describe(job, before, after, started=started, status=status))
     if stopped is not None:
         raise Interrupted(f"stopped by signal {stopped}; the adapter is in {folder.adapter}", signum=stopped)
     return RunResult(folder.path, folder.adapter, report, before, after)
-
-
-def _attach(job: Job) -> None:
-    settings = job.settings
-    config = LoRAConfig(
-        r=settings.lora_rank,
-        lora_alpha=settings.lora_alpha,
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target,
-        use_rslora=settings.use_rslora,
-    )
-    attach(job.model, config, seed=settings.seed)
-    if settings.gradient_checkpointing:
-        job.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def _fit(job: Job, folder: RunFolder, metrics: MetricsFile) -> int | None:
@@ -104,7 +87,6 @@ def _fit(job: Job, folder: RunFolder, metrics: MetricsFile) -> int | None:
         weight_decay=settings.weight_decay,
     )
     with batching(job.model, job.tokenizer, job.rows) as collate, make_display(plan.steps) as display:
-        check_gradients_arrive(job.model, collate([min(job.rows, key=lambda row: len(row.ids))]))
         return fit(
             job.model,
             job.rows,

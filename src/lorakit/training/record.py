@@ -54,7 +54,12 @@ def describe(
         "started": datetime.datetime.fromtimestamp(started, datetime.UTC).isoformat(timespec="seconds"),
         "seconds": round(time.time() - started, 1),
         "status": status,
-        "model": {"name": settings.model_name_or_path, "kind": job.source.kind},
+        "model": {
+            "name": settings.model_name_or_path,
+            "kind": job.source.kind,
+            "hub_id": job.source.hub_id,
+            "license": job.source.license,
+        },
         "adapter": _adapter(job.model),
         "data": {
             "train": {"files": list(settings.dataset), **asdict(job.data)},

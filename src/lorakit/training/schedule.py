@@ -13,7 +13,7 @@ _DECAY: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
     "polynomial": lambda done: 1.0 - done,  # power 1, the Hugging Face default
 }
-_POLYNOMIAL_FLOOR = 1e-7  # the rate where Hugging Face's polynomial schedule ends
+_POLYNOMIAL_END = 1e-7  # the rate where Hugging Face's polynomial schedule ends
 
 
 def warmup_steps(steps: int, *, ratio: float, count: int | None) -> int:
@@ -26,5 +26,5 @@ def learning_rate(step: int, *, kind: str, peak: float, steps: int, warmup: int)
     if step < warmup and kind != "constant":
         return peak * step / warmup
     done = (step - warmup) / max(steps - warmup, 1)
-    rate = peak * _DECAY[kind](min(max(done, 0.0), 1.0))
-    return max(rate, _POLYNOMIAL_FLOOR) if kind == "polynomial" else rate
+    end = min(_POLYNOMIAL_END, peak) if kind == "polynomial" else 0.0
+    return end + (peak - end) * _DECAY[kind](min(max(done, 0.0), 1.0))
