@@ -3,7 +3,8 @@
     .venv/bin/python benchmarks/step.py [--pairs 5] [--rows 16]
 
 Both train LoRA r=8 on every linear layer of SmolLM2-135M-Instruct in the machine's best precision, one batch of
-address rows a step. PEFT's batch is padded, as a Trainer's is; padding does not count as tokens. Writes ``results/step.json``.
+address rows a step. PEFT's batch is padded, as a Trainer's is; padding does not count as tokens. The result
+goes to ``results/step.json``.
 """
 
 from __future__ import annotations

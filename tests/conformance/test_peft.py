@@ -306,10 +306,10 @@ def our_losses(
 
 
 @pytest.mark.parametrize(
-    ("name", "longest", "steps", "least_fall"), [("tiny_llama", 40, 20, 0.1), ("smollm2", 10, 10, 0.1)]
+    ("name", "longest", "steps", "peak"), [("tiny_llama", 40, 20, 5e-3), ("smollm2", 10, 6, 1e-3)]
 )
 def test_training_is_the_same_as_with_peft(
-    request: pytest.FixtureRequest, name: str, longest: int, steps: int, least_fall: float
+    request: pytest.FixtureRequest, name: str, longest: int, steps: int, peak: float
 ) -> None:
     folder: Path = request.getfixturevalue(name)
     ours, theirs = stock(folder), stock(folder)
@@ -327,11 +327,11 @@ def test_training_is_the_same_as_with_peft(
     batches = [[pool[(4 * step + i) % 8] for i in range(4)] for step in range(steps)]
 
     def rate(step: int) -> float:
-        return learning_rate(step, kind="cosine", peak=5e-3, steps=steps, warmup=2)
+        return learning_rate(step, kind="cosine", peak=peak, steps=steps, warmup=2)
 
     expected = peft_losses(theirs, batches, rate, decay=0.01)
     found = our_losses(ours, tokenizer, batches, rate, decay=0.01)
     assert found == pytest.approx(expected, rel=1e-4)
     assert len(found) == steps
-    assert found[-1] < (1 - least_fall) * found[0]  # it did train
+    assert found[-1] < 0.95 * found[0]  # it did train
     assert fingerprints(ours) == untouched

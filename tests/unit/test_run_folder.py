@@ -16,8 +16,7 @@ CONFIG = "seed: 42  # default\n"
 def start(path: Path, *, overwrite: bool = False) -> RunFolder:
     """As every run does."""
     folder = RunFolder(path)
-    folder.check(overwrite=overwrite)
-    folder.begin(CONFIG)
+    folder.begin(CONFIG, overwrite=overwrite)
     return folder
 
 

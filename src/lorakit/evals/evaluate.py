@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -31,9 +32,11 @@ class Evaluation:
     field_f1: float | None = None  # only where every reference is a JSON object
 
     def scores(self) -> dict[str, float | int]:
-        """The measured numbers alone."""
+        """The measured numbers alone; an infinite perplexity is left out, as JSON has no word for it."""
         kept = ("rows", "loss", "perplexity", "exact_match", "field_f1")
-        return {key: value for key, value in asdict(self).items() if key in kept and value is not None}
+        return {
+            key: value for key, value in asdict(self).items() if key in kept and value not in (None, math.inf)
+        }
 
 
 def evaluate(

@@ -69,8 +69,9 @@ class RunFolder:
                 remedy="choose another output_dir, or set overwrite_output_dir: true to replace them",
             )
 
-    def begin(self, config: str) -> None:
-        """Replace what an earlier run left by the resolved configuration of this one."""
+    def begin(self, config: str, *, overwrite: bool) -> None:
+        """Check again, then replace what an earlier run left by the resolved configuration of this one."""
+        self.check(overwrite=overwrite)
         for result in list(self._results()):
             shutil.rmtree(result) if result.is_dir() else result.unlink()
         write_text(self.config, config)

@@ -56,10 +56,10 @@ def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ())
         settings = resolve(load(config, overrides))
     for warning in settings.warnings:
         logger.warning("warning: %s", warning)
-    folder = RunFolder(Path(settings.output_dir))
-    folder.check(overwrite=settings.overwrite_output_dir)
+    folder, overwrite = RunFolder(Path(settings.output_dir)), settings.overwrite_output_dir
+    folder.check(overwrite=overwrite)
     job = build(settings)
-    folder.begin(settings.to_yaml())
+    folder.begin(settings.to_yaml(), overwrite=overwrite)
     with MetricsFile(folder.metrics) as metrics:
         before = _evaluate(job, metrics, step=0, wanted=settings.eval_on_start)
         base = fingerprint(job.model)
