@@ -9,6 +9,7 @@ import torch
 
 from lorakit.data.sample import Message
 from lorakit.data.templates import render
+from lorakit.models.patch import lean_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,15 +48,16 @@ def _greedy(
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     was_training = model.training
     model.eval()
-    out_BT = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module's __getattr__
-        **batch,
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    with lean_head(model):
+        out_BT = model.generate(  # type: ignore[operator]  # typed as a tensor by nn.Module's __getattr__
+            **batch,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            pad_token_id=tokenizer.pad_token_id,
+        )
     model.train(was_training)
     new_BT = out_BT[:, batch["input_ids"].shape[1] :]
     return tokenizer.batch_decode(new_BT, skip_special_tokens=True)
