@@ -62,10 +62,8 @@ def supports(precision: Precision) -> bool:
 
 
 def best_precision() -> Precision:
-    """bf16 where the hardware has it, else fp16 on a GPU and fp32 on a CPU."""
-    if supports("bf16"):
-        return "bf16"
-    return "fp16" if device() == "cuda" else "fp32"
+    """bf16 where the hardware has it, else fp32; fp16 would need loss scaling to train."""
+    return "bf16" if supports("bf16") else "fp32"
 
 
 def memory_used() -> int:

@@ -50,6 +50,18 @@ SAMPLES = [
 
 
 class TestGenerate:
+    def test_the_head_gets_contiguous_input(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+    ) -> None:
+        """A strided input would make PyTorch copy the weight of the head once a row."""
+        seen: list[bool] = []
+        head = model.get_output_embeddings()
+        watch = head.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].is_contiguous()))
+        generate(model, tokenizer, PROMPTS, max_new_tokens=3, batch_size=8)
+        watch.remove()
+        assert len(seen) == 3 and all(seen)
+        assert not head._forward_pre_hooks  # undone
+
     @pytest.fixture(scope="class")
     def alone(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         """Each answer by plain argmax over the whole text so far: no batch, no padding, no cache."""

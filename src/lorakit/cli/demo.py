@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from lorakit.cli.show import table
+from lorakit.cli.train import scores
 
 if TYPE_CHECKING:
     from lorakit.training.recipe import RunResult
@@ -47,12 +47,9 @@ def _story(result: RunResult) -> str:
     """The evidence, for a person: scores, rows, and what to do next."""
     from lorakit.report.record import RunRecord
 
-    lines = []
-    if result.before and result.after:
-        before, after = result.before.scores(), result.after.scores()
-        rows = [(_NAMES[key], before.get(key), after[key]) for key in _NAMES if key in after]
-        lines += ["", table(rows, (f"{result.after.rows} held-out rows", "base", "adapter"))]
-    for sample in RunRecord.read(result.folder).info.samples[:_SHOWN]:
+    record = RunRecord.read(result.folder)
+    lines = ["", scores(record).rstrip()]
+    for sample in record.info.samples[:_SHOWN]:
         lines += [
             "",
             f"address  {sample.prompt}",
@@ -69,14 +66,6 @@ def _story(result: RunResult) -> str:
         f"  lorakit merge {folder} {folder}/merged",
     ]
     return "\n".join(lines)
-
-
-_NAMES = {
-    "exact_match": "exact match",
-    "field_f1": "field F1",
-    "loss": "loss",
-    "perplexity": "perplexity",
-}
 
 
 def _one_line(text: str | None, width: int = 160) -> str:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from lorakit.cli.show import emit
+from lorakit.cli.show import emit, table
+
+if TYPE_CHECKING:
+    from lorakit.report.record import RunRecord
 
 
 @click.command(short_help="Train an adapter from one YAML file.")
@@ -24,17 +29,28 @@ def train(config: str, overrides: tuple[str, ...], dry_run: bool, as_json: bool)
 
         show(config, overrides, as_json)
         return
+    from lorakit.report.record import RunRecord
     from lorakit.training.recipe import train as run
 
     result = run(config, overrides)
-    found = {
-        "adapter": str(result.adapter),
-        "report": str(result.report),
-        "before": result.before.scores() if result.before else None,
-        "after": result.after.scores() if result.after else None,
-    }
     if as_json:
+        found = {
+            "adapter": str(result.adapter),
+            "report": str(result.report),
+            "before": result.before.scores() if result.before else None,
+            "after": result.after.scores() if result.after else None,
+        }
         emit(found, as_json)
         return
+    click.echo(scores(RunRecord.read(result.folder)))
     click.echo(f"adapter  {result.adapter}\nreport   {result.report}")
     click.echo(f'next     lorakit generate {result.folder} "your prompt"')
+
+
+def scores(record: RunRecord) -> str:
+    """What was measured on the held-out rows, base and adapter side by side; empty if nothing was."""
+    from lorakit.report.numbers import measures
+
+    point = record.after or record.before
+    rows = [(measure.name, measure.before, measure.after) for measure in measures(record.before, record.after)]
+    return table(rows, (f"{point.rows} held-out rows", "base", "adapter")) + "\n" if point else ""

@@ -133,14 +133,13 @@ def _resolve_precision(
         return [Problem(message, "bf16", (run.settings["bf16"].value_place,), hint)]
     if config.bf16:
         precision, origin = "bf16", origins["bf16"]
-    elif config.fp16 and hardware.device() == "cpu":
-        origin = f"derived: a CPU does not compute in fp16 ({origins['fp16']})"
-        warnings.append(f"{origins['fp16']}: `fp16` is for GPUs, a CPU only emulates it: computing in {best}")
     elif config.fp16:
-        precision, origin = "fp16", origins["fp16"]
+        why = "a CPU only emulates it" if hardware.device() == "cpu" else "loss scaling is not built yet"
+        origin = f"derived: not fp16, as {why} ({origins['fp16']})"
+        warnings.append(f"{origins['fp16']}: `fp16` is not used, as {why}: computing in {best}")
     elif best == "fp32" and config.bf16 is False:
         origin = origins["bf16"]
-    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": precision == "fp16"}
+    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": False}
     origins |= dict.fromkeys(("precision", "bf16", "fp16"), origin)
     return []
 
@@ -148,8 +147,7 @@ def _resolve_precision(
 def _best_precision(config: TrainConfig) -> hardware.Precision:
     """The hardware's best, unless its key says false."""
     best = hardware.best_precision()
-    declined = (best == "bf16" and config.bf16 is False) or (best == "fp16" and config.fp16 is False)
-    return "fp32" if declined else best
+    return "fp32" if best == "bf16" and config.bf16 is False else best
 
 
 def _absolute(text: str, base: Path) -> Path:

@@ -117,7 +117,7 @@ class TrainConfig(BaseModel):
     bf16: bool | None = None
     """Compute in bfloat16; by capability if both this and fp16 are left out."""
     fp16: bool | None = None
-    """Compute in float16 (GPUs only)."""
+    """Accepted for old files, and answered with the best format here: float16 is not built yet."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     disable_gradient_checkpointing: bool | None = None

@@ -1,7 +1,7 @@
 """The one place that changes a loaded model's behaviour, instance by instance and with an undo.
 
 Packed batches need attention that stays inside its segment. transformers has a public registry for attention
-functions; `packed` switches one model to lorakit's entry and back.
+functions; `packed` switches one model to lorakit's entry and back. `lean_head` serves generation.
 """
 
 from __future__ import annotations
@@ -47,21 +47,6 @@ def packed(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(before)
-
-
-@contextlib.contextmanager
-def lean_head(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the output head sees contiguous input.
-
-    Before the first generated token, transformers hands it the last position of every row: a strided view, for
-    which PyTorch's linear copies the whole weight once a row (100 rows of SmolLM2: 5.7 GB and 8 s).
-    """
-    head = model.get_output_embeddings()
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 @contextlib.contextmanager
