@@ -28,7 +28,11 @@ EVAL_FIELDS = {"event", "step", "seconds", "rows", "loss", "perplexity", "exact_
 class TestRun:
     def test_what_the_user_sees(self, run: Path, finished: tuple[int, str, str]) -> None:
         _, out, err = finished
-        assert out.splitlines() == [
+        scores, paths = out.split("\n\n")
+        assert [line.split("  ")[0] for line in scores.splitlines()] == [
+            "4 held-out rows", "Exact match", "Field F1", "Loss", "Perplexity",
+        ]  # fmt: skip
+        assert paths.splitlines() == [
             f"adapter  {run}/adapter",
             f"report   {run}/report.html",
             f'next     lorakit generate {run} "your prompt"',
