@@ -16,7 +16,7 @@ from lorakit.checkpoint.peft_format import save_adapter
 from lorakit.data.encode import encode
 from lorakit.data.sample import Message, Sample
 from lorakit.data.templates import render
-from lorakit.errors import AdapterMismatchError, DataError, ModelError
+from lorakit.errors import AdapterMismatchError, DataError, ModelError, UsageError
 from lorakit.evals.evaluate import evaluate, mean_loss
 from lorakit.evals.generate import generate
 from lorakit.evals.objective import batching
@@ -246,6 +246,8 @@ class TestSession:
         session = open_session(str(tiny_llama), precision="fp32")
         assert (session.adapter, session.system) == (None, None)
         assert torch.equal(logits(session.model), logits(model))
+        with pytest.raises(UsageError, match="is no adapter, so there is no base model to choose"):
+            open_session(str(tiny_llama), base="another")
 
     def test_the_adapter_brings_its_system_message(self, run_folder: Path, tiny_llama: Path) -> None:
         session = open_session(str(run_folder))

@@ -12,7 +12,7 @@ from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_config import CONFIG_FILE, read_peft
 from lorakit.checkpoint.peft_format import NOTES_FILE, load_adapter
 from lorakit.data.sample import Message
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, UsageError
 from lorakit.hardware import Precision
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
 from lorakit.models.sources import ModelSource, locate
@@ -47,12 +47,20 @@ def open_session(
         base: the base model, if not the one that the adapter names.
         precision: number format; the best of this machine if not given.
         merge: fold the adapter into the weights in memory, for speed.
+
+    Raises:
+        UsageError: ``base`` is given, but ``name`` is no adapter.
+        ModelError: the model or the adapter cannot be used.
     """
     adapter = find_adapter(Path(name))
-    source, revision, system = base or name, None, None
-    if adapter is not None:
-        source, revision = _base_of(adapter) if base is None else (base, None)
-        system = _system(adapter)
+    if adapter is None and base is not None:
+        raise UsageError(
+            f"{name} is no adapter, so there is no base model to choose", remedy="leave --base out"
+        )
+    if adapter is None or base is not None:
+        source, revision = base or name, None
+    else:
+        source, revision = _base_of(adapter)
     located = locate(source, revision)
     tokenizer = load_tokenizer(located)
     model = load_model(located, precision=precision or hardware.best_precision(), device=hardware.device())
@@ -61,7 +69,7 @@ def open_session(
         load_adapter(model, adapter)
         if merge:
             LoRAManager(model).merge_lora_weights()
-    return Session(model, tokenizer, located, adapter, system)
+    return Session(model, tokenizer, located, adapter, _system(adapter) if adapter else None)
 
 
 def find_adapter(path: Path) -> Path | None:
