@@ -12,12 +12,15 @@ if TYPE_CHECKING:
     from lorakit.adapters.attach import add_lora_to_model, count_parameters, freeze_backbone_params
     from lorakit.adapters.spec import LoRAConfig
     from lorakit.checkpoint.manager import LoRAManager
+    from lorakit.standalone import LinearWithLoRA, LoRALayer
     from lorakit.training.recipe import train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "LinearWithLoRA",
     "LoRAConfig",
+    "LoRALayer",
     "LoRAManager",
     "__version__",
     "add_lora_to_model",
@@ -27,7 +30,9 @@ __all__ = [
 ]
 
 _MODULES = {
+    "LinearWithLoRA": "lorakit.standalone",
     "LoRAConfig": "lorakit.adapters.spec",
+    "LoRALayer": "lorakit.standalone",
     "LoRAManager": "lorakit.checkpoint.manager",
     "add_lora_to_model": "lorakit.adapters.attach",
     "count_parameters": "lorakit.adapters.attach",

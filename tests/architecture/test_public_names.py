@@ -13,7 +13,9 @@ import pytest
 import lorakit
 
 PUBLIC_NAMES = [
+    "LinearWithLoRA",
     "LoRAConfig",
+    "LoRALayer",
     "LoRAManager",
     "__version__",
     "add_lora_to_model",

@@ -129,14 +129,34 @@ def check_loads_here(base: Path, folder: Path, settings: PeftConfig) -> None:
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_adapters_that_took_something_out_of_the_base_are_refused(
+def test_adapters_that_took_something_out_of_the_base_load_here(
     tiny_llama: Path, tmp_path: Path, init: str
 ) -> None:
-    """PEFT takes their start out of the base weight when it loads them: read as plain LoRA they are wrong."""
-    get_peft_model(
-        stock(tiny_llama), PeftConfig(r=2, target_modules=["q_proj"], init_lora_weights=init)
-    ).save_pretrained(tmp_path)
-    with pytest.raises(AdapterMismatchError, match=f"init_lora_weights = '{init}'"):
+    """PEFT takes their start out of the base weight when it loads them; here it is the anchor."""
+    torch.manual_seed(5)
+    check_loads_here(tiny_llama, tmp_path, PeftConfig(r=2, target_modules=ATTENTION, init_lora_weights=init))
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal"])
+def test_every_start_is_a_plain_adapter_for_peft(tiny_llama: Path, tmp_path: Path, init: str) -> None:
+    ours = add_lora_to_model(stock(tiny_llama), r=2, target_modules=ATTENTION, init_lora_weights=init, seed=1)
+    fill(ours)
+    save_adapter(ours, tmp_path / "a")
+    written = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (written["r"], written["init_lora_weights"]) == (2 if init == "orthogonal" else 4, True)
+    theirs = PeftModel.from_pretrained(stock(tiny_llama), tmp_path / "a").eval()
+    ids = tokens(ours)
+    assert (logits(theirs, ids) - logits(ours, ids)).abs().max() <= 2e-5
+    again = stock(tiny_llama)
+    load_adapter(again, tmp_path / "a")
+    assert torch.equal(logits(again, ids), logits(ours, ids))
+
+
+def test_a_random_start_that_changed_the_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    """Randomised PiSSA cannot be taken out again: it differs from run to run."""
+    settings = PeftConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa_niter_2")
+    get_peft_model(stock(tiny_llama), settings).save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match="init_lora_weights = 'pissa_niter_2'"):
         load_adapter(stock(tiny_llama), tmp_path)
 
 

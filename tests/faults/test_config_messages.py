@@ -116,7 +116,7 @@ def test_all_problems_come_in_one_error_in_the_order_of_their_lines(
         "lora_rnak",
         "lora_alpha",
         "warmup_ratio",
-        "use_dora",
+        "use_galore",
         "lr_scheduler_type",
         "seed",
         "dataset",

@@ -88,7 +88,11 @@ class TestUsing:
         out = tmp_path / "models" / "merged"
         status, stdout, err = lorakit("merge", run, out, "--json")
         assert status == 0, err
-        assert json.loads(stdout) == {"merged": str(out), "dtype": "fp32"}
+        result = json.loads(stdout)
+        certificate = json.loads((out / "merge_certificate.json").read_text())
+        assert result == {"merged": str(out), **{k: v for k, v in certificate.items() if k != "adapter"}}
+        assert (certificate["dtype"], certificate["inputs"], certificate["top1_agreement"]) == ("fp32", 5, 1.0)
+        assert 0 < certificate["mean_logit_difference"] <= certificate["max_logit_difference"] < 1e-3
         model, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
         question, answer = ROWS[2]
         ids = tokenizer.apply_chat_template(
@@ -111,6 +115,49 @@ class TestUsing:
         assert status == 4
         assert "is neither an adapter folder nor a run directory" in err
         assert not (tmp_path / "merged").exists()
+
+    def test_a_certificate_on_given_rows(self, run: Path, folder: Path, lorakit: Call, tmp_path: Path) -> None:
+        status, stdout, err = lorakit(
+            "merge", run, tmp_path / "merged", "--dtype", "bf16", "--inputs", folder / "train.jsonl", "--json"
+        )
+        assert status == 0, err
+        result = json.loads(stdout)
+        assert result["inputs"] == 4 and result["tokens"] > 100
+        assert 1e-4 < result["max_logit_difference"] < 5  # eight bits of precision on a sharpened output
+
+    def test_convert_to_a_lower_rank(self, run: Path, lorakit: Call, tmp_path: Path) -> None:
+        status, stdout, err = lorakit("convert", run, tmp_path / "same", "--json")
+        assert status == 0, err
+        assert json.loads(stdout)["largest_error"] == 0
+        errors = []
+        for rank in (2, 8):
+            status, stdout, err = lorakit("convert", run, tmp_path / f"r{rank}", "--rank", rank, "--json")
+            assert status == 0, err
+            errors.append(json.loads(stdout)["largest_error"])
+            assert json.loads((tmp_path / f"r{rank}" / "adapter_config.json").read_text())["r"] == rank
+        assert errors[0] > errors[1] > 0
+        status, stdout, err = lorakit("convert", run, tmp_path / "same")
+        assert (status, stdout) == (8, "")
+        answers = [lorakit("generate", name, ROWS[1][0])[1] for name in (run, tmp_path / "same")]
+        assert answers[0] == answers[1] == ROWS[1][1] + "\n"
+
+    def test_another_base_is_refused_unless_allowed(
+        self, run: Path, model_folder: Path, lorakit: Call, tmp_path: Path
+    ) -> None:
+        other = tmp_path / "other"
+        shutil.copytree(model_folder, other)
+        model = AutoModelForCausalLM.from_pretrained(other)
+        model.model.layers[0].mlp.up_proj.weight.data *= 1.01
+        model.save_pretrained(other)
+        status, stdout, err = lorakit("generate", run, "x", "--base", other)
+        assert (status, stdout) == (4, "")
+        assert "the adapter was trained on another base model: its weights differ" in err
+        assert lorakit("generate", run, "x", "--base", other, "--any-base")[0] == 0
+
+    def test_inspect(self, run: Path, lorakit: Call) -> None:
+        status, stdout, _ = lorakit("inspect", run)
+        assert status == 0
+        assert "model.layers.0.self_attn.q_proj" in stdout
 
     def test_report(self, run: Path, lorakit: Call, tmp_path: Path) -> None:
         copy = tmp_path / "moved"

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.adapters.attach import adapter_layers, add_lora_to_model
-from lorakit.checkpoint.peft_format import save_adapter
+from lorakit.checkpoint.peft_format import find_adapter, save_adapter
 from lorakit.data.encode import encode
 from lorakit.data.sample import Message, Sample
 from lorakit.data.templates import render
@@ -20,7 +20,7 @@ from lorakit.errors import AdapterMismatchError, DataError, ModelError, UsageErr
 from lorakit.evals.evaluate import evaluate, mean_loss
 from lorakit.evals.generate import generate
 from lorakit.evals.objective import batching
-from lorakit.evals.session import find_adapter, open_session
+from lorakit.evals.session import open_session
 from lorakit.models.load import load_model, load_tokenizer
 from lorakit.models.sources import locate
 from lorakit.ops.loss import IGNORE
@@ -277,7 +277,7 @@ class TestSession:
         named = open_session(str(run_folder), precision="fp32")
         assert torch.equal(logits(given.model), logits(named.model))
 
-    @pytest.mark.parametrize("notes", [None, "no JSON", "[]", '{"system": 5}', "{}"])
+    @pytest.mark.parametrize("notes", [None, '{"system": 5}', "{}"])
     def test_an_adapter_from_elsewhere_has_no_system_message(
         self, run_folder: Path, tmp_path: Path, notes: str | None
     ) -> None:
@@ -286,6 +286,13 @@ class TestSession:
         if notes is not None:
             (folder / "lorakit.json").write_text(notes)
         assert open_session(str(folder)).system is None
+
+    @pytest.mark.parametrize("notes", ["no JSON", "[]"])
+    def test_damaged_notes_are_an_error(self, run_folder: Path, tmp_path: Path, notes: str) -> None:
+        folder = self.copy(run_folder, tmp_path / "adapter")
+        (folder / "lorakit.json").write_text(notes)
+        with pytest.raises(AdapterMismatchError, match=r"lorakit\.json"):
+            open_session(str(folder))
 
     def test_an_adapter_of_another_model(self, run_folder: Path, tmp_path: Path, tiny_llama: Path) -> None:
         folder = self.copy(run_folder, tmp_path / "adapter", r=8)

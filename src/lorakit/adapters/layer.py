@@ -1,9 +1,7 @@
 """`AdapterLayer`: the one wrapper in which Method × Host × Store meet.
 
-    x ──┬── base (frozen, read through its store) ──────────► y ──► + ──► y'
-        └── adapter "law":  dropout ─► A ─► B ─► × scaling ─────────┘
-
-The base module stays the very object it was: detaching gives it back.
+x ──┬── base (frozen, read through its store) ──────────► y ──► + ──► y'
+    └── adapter "law":  dropout ─► A ─► B ─► × scaling ─────────┘
 """
 
 from __future__ import annotations
@@ -13,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.adapters.carrier import Carrier
 from lorakit.adapters.hosts import Host
 from lorakit.adapters.methods import METHODS, Adapter
-from lorakit.adapters.routing import BASE, Route
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.errors import ConflictError, UsageError
 from lorakit.ops.linear import lora_linear
@@ -26,33 +24,28 @@ def _keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
     """A hook that changes nothing."""
 
 
-class AdapterLayer(nn.Module):
-    """A frozen base module with any number of named adapters, of which the route's are active."""
+class AdapterLayer(Carrier):
+    """A frozen layer whose weight the adapters change."""
 
     def __init__(self, base: nn.Module, host: Host) -> None:
-        super().__init__()
-        self.base = base
+        super().__init__(base)
         self.host = host
         self.store: Store = DenseStore(base)
-        self.adapters = nn.ModuleDict()
-        self.route: Route = BASE
         self._unmerged: nn.Parameter | None = None
         # nn.TransformerEncoderLayer reads `weight` past forward in evaluation, unless its layers have hooks.
         self.register_forward_pre_hook(_keep)
 
-    def add_adapter(self, name: str, config: LoRAConfig) -> Adapter:
-        """Create the tensors of one more adapter (A not yet initialised, B zero)."""
-        shapes = self.host.shapes(self.base, config.r)
-        adapter = Adapter(METHODS["lora"], config, shapes, self.store.read().device)
-        adapter.train(self.training)
-        self.adapters[name] = adapter
-        return adapter
-
-    def remove_adapter(self, name: str) -> None:
-        """Take the adapter ``name`` off, if it is here, and out of the route."""
-        if name in self.adapters:
-            del self.adapters[name]
-            self.route = Route(tuple(other for other in self.route.names if other != name))
+    @torch.no_grad()
+    def make_adapter(self, path: str, config: LoRAConfig, generator: torch.Generator | None) -> Adapter:
+        """The tensors of one more adapter, started; not yet part of the layer."""
+        device = self.store.read().device
+        shapes = self.host.shapes(self.base, config.rank_at(path))
+        adapter = Adapter(METHODS[config.method], config, config.scaling_at(path), shapes, device)
+        adapter.method.start(self, adapter, generator)
+        for A in (adapter.lora_A, adapter.anchor_A):
+            if A is not None:
+                self.host.silence(self.base, A)
+        return adapter.train(self.training)
 
     def adapter(self, name: str) -> Adapter:
         """The adapter called ``name``; ``UsageError`` listing the names there are."""
@@ -63,38 +56,46 @@ class AdapterLayer(nn.Module):
         assert isinstance(adapter, Adapter)
         return adapter
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base output plus the updates of the route's adapters; the base alone while merged."""
-        if self.merged or not self.route.names:
-            return self.base(x, *args, **kwargs)
-        active = [self.adapter(name) for name in self.route.names]
-        if self._fused(active):
-            W, only = self.store.read(), active[0]
-            return lora_linear(x, W, self.bias, only.lora_A, only.lora_B, only.scaling)
-        y: Tensor = self.base(x, *args, **kwargs)
-        for adapter in active:
-            y = adapter.method.add(self.host, adapter, x, y)
+    def trainable(self) -> list[nn.Parameter]:
+        """The tensors of all adapters, but the frozen A of LoRA-FA."""
+        return [p for name in self.adapters for p in self.adapter(name).trainable()]
+
+    def run_all(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base and update in one `lora_linear` where that is all there is to do."""
+        only = self.adapter(names[0])
+        if len(names) == 1 and self._fused(only):
+            A, B = only.method.factors(only)
+            return lora_linear(x, self.host.matrix(self.store.read()), self.base.bias, A, B, only.scaling)  # type: ignore[arg-type]
+        return super().run_all(names, x, *args, **kwargs)
+
+    def run(self, names: tuple[str, ...], x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Each adapter adds its update."""
+        for name in names:
+            adapter = self.adapter(name)
+            y = adapter.method.add(self, adapter, x, y)
         return y
 
-    def _fused(self, active: list[Adapter]) -> bool:
-        """Whether base and update are one `lora_linear`: a single plain adapter, without dropout or hooks."""
-        adapter = active[0]
+    def _fused(self, adapter: Adapter) -> bool:
+        """A plain update on a linear layer, without dropout or hooks on the base."""
         return (
-            len(active) == 1
-            and self.host.name == "linear"
-            and adapter.method.fusable
+            self.host.linear
+            and adapter.method.additive
             and not (adapter.dropout and self.training)
             and not self.base._forward_hooks
             and not self.base._forward_pre_hooks
         )
 
+    def dense_weight(self) -> Tensor:
+        """The base's weight as numbers to calculate with: detached, in float32 or better."""
+        W = self.store.read().detach()
+        return W if W.dtype.itemsize >= 4 else W.float()
+
     def merged_weight(self, names: tuple[str, ...] | None = None) -> Tensor:
         """The dense weight with the updates of ``names`` (the route's if not given), in float32 or better."""
-        W = self.store.read().detach()
-        W = W if W.dtype.itemsize >= 4 else W.float()
-        for name in self.route.names if names is None else names:
+        W = self.dense_weight()
+        for name in self.present(self.route.names) if names is None else names:
             adapter = self.adapter(name)
-            W = adapter.method.merged(self.host, adapter, W)
+            W = adapter.method.merged(self, adapter, W)
         return W
 
     @property
@@ -108,10 +109,10 @@ class AdapterLayer(nn.Module):
         if self.merged:
             raise ConflictError("the adapters are merged already", remedy="call unmerge_lora_weights() first")
         weight = self.merged_weight(names).to(self.store.read().dtype)
-        self._unmerged = self.store.swap(nn.Parameter(weight, requires_grad=False))
+        self._unmerged = self.store.swap(nn.Parameter(weight.contiguous(), requires_grad=False))
 
     def unmerge(self) -> None:
-        """Put the original parameter back: restored, never subtracted. Nothing to do if not merged."""
+        """Put the original parameter back."""
         if self._unmerged is not None:
             self.store.swap(self._unmerged)
             self._unmerged = None
@@ -121,15 +122,3 @@ class AdapterLayer(nn.Module):
         if not self.merged:
             self.merge()
         self._unmerged = None
-
-    # Model code reads these of the module that it believes to have.
-    @property
-    def weight(self) -> Tensor:
-        """The base's weight."""
-        return self.store.read()
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias."""
-        bias = self.base.bias
-        return bias if isinstance(bias, Tensor) else None

@@ -1,13 +1,25 @@
-"""`LoRAManager`: save, load, merge and switch the adapters of one model."""
+"""`LoRAManager`: save, load, merge, switch and combine the adapters of one model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from torch import nn
 
-from lorakit.adapters.attach import activate, adapter_layers, attach, carriers, remove_adapter
+from lorakit.adapters.attach import (
+    activate,
+    adapter_names,
+    attach,
+    carriers,
+    merge,
+    remove_adapter,
+    route,
+    unmerge,
+)
 from lorakit.adapters.spec import LoRAConfig
+from lorakit.checkpoint.convert import Rule, combine
 from lorakit.checkpoint.peft_format import load_adapter, save_adapter
 
 
@@ -24,14 +36,13 @@ class LoRAManager:
     @property
     def adapter_names(self) -> tuple[str, ...]:
         """Names of all attached adapters, in the order they came."""
-        layers = adapter_layers(self.model).values()
-        return tuple(dict.fromkeys(name for layer in layers for name in layer.adapters))
+        return adapter_names(self.model)
 
     def add_adapter(self, name: str, config: LoRAConfig, *, seed: int | None = None) -> None:
         """Attach one more adapter and make it the active one."""
         attach(self.model, config, name, seed=seed)
 
-    def set_adapter(self, names: str | list[str]) -> None:
+    def set_adapter(self, names: str | Iterable[str]) -> None:
         """Use these adapters, summed, from now on."""
         activate(self.model, *([names] if isinstance(names, str) else names))
 
@@ -39,30 +50,49 @@ class LoRAManager:
         """Use the base model alone from now on."""
         activate(self.model)
 
+    def route(self, rows: Sequence[str | Iterable[str] | None]) -> AbstractContextManager[None]:
+        """``with manager.route(["law", "med", None]):`` an adapter, several or none a row of the batch."""
+        return route(self.model, rows)
+
+    def combine_adapters(
+        self,
+        names: Sequence[str],
+        weights: Sequence[float],
+        new_name: str,
+        rule: Rule = "cat",
+        *,
+        r: int | None = None,
+        density: float = 0.5,
+        seed: int = 0,
+    ) -> float:
+        """Attach and activate a weighted combination, see `combine`; returns what cutting to rank r cost."""
+        return combine(self.model, names, weights, new_name, rule, r=r, density=density, seed=seed)
+
     def delete_adapter(self, name: str) -> None:
         """Take an adapter off for good."""
         carriers(self.model, name)
         remove_adapter(self.model, name)
 
     def save_lora_checkpoint(self, path: str | Path, adapter_name: str = "default") -> Path:
-        """Write a PEFT folder, all of it or nothing; a folder that is there already is replaced."""
+        """Write a PEFT folder, or one file if ``path`` ends in .pth, in place of what is there."""
         return save_adapter(self.model, Path(path), adapter_name)
 
-    def load_lora_checkpoint(self, path: str | Path, adapter_name: str = "default") -> None:
-        """Attach the adapter of a PEFT folder, in place of one of that name; if a tensor does not match,
-        nothing changes.
-        """
-        load_adapter(self.model, Path(path), adapter_name)
+    def load_lora_checkpoint(
+        self, path: str | Path, adapter_name: str = "default", *, check_base: bool = True
+    ) -> None:
+        """Attach the adapter of a PEFT folder or ``.pth`` file, in place of one of that name.
 
-    def merge_lora_weights(self, adapter_names: list[str] | None = None) -> None:
-        """Fold the adapters (the active ones if not named) into the base weights."""
-        for name in adapter_names or ():
-            carriers(self.model, name)
-        for layer in adapter_layers(self.model).values():
-            names = None if adapter_names is None else tuple(n for n in adapter_names if n in layer.adapters)
-            layer.merge(names)
+        If a tensor, or (with ``check_base``) the base model, does not match, nothing changes.
+        """
+        load_adapter(self.model, Path(path), adapter_name, check_base=check_base)
+
+    def merge_lora_weights(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Fold the adapters (the active ones if not named) into the base weights.
+
+        ``model.state_dict()`` is then that of the plain model.
+        """
+        merge(self.model, adapter_names)
 
     def unmerge_lora_weights(self) -> None:
         """Put the base weights back, bit for bit."""
-        for layer in adapter_layers(self.model).values():
-            layer.unmerge()
+        unmerge(self.model)

@@ -6,56 +6,85 @@ ignored answers differently without a word.
 
 from __future__ import annotations
 
-import json
+import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from lorakit.adapters.attach import adapter_layers, carriers
+from lorakit.adapters.copies import ModuleCopies
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.adapters.targets import candidates
 from lorakit.errors import AdapterMismatchError, LorakitError
+from lorakit.lowrank.budget import RankSchedule
+from lorakit.lowrank.inits import find_initialiser
 
 CONFIG_FILE = "adapter_config.json"
-_MAX_BYTES = 1 << 20
 _MAX_RANK = 1 << 16
+_MAX_TARGETS = 100_000
+_MAX_PATTERNS = 5_000
 
-# Keys that do not change what the adapter computes, whatever their value.
+_SCHEDULE = ("target_r", "total_step", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+# Keys that are read, and keys that do not change what the adapter computes, whatever their value.
+_READ = {
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora",
+    "init_lora_weights", "rank_pattern", "alpha_pattern", "modules_to_save", "exclude_modules",
+    "layers_to_transform", "init_r", *_SCHEDULE,
+}  # fmt: skip
 _DESCRIPTIVE = {
-    "peft_type", "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping",
-    "peft_version", "init_lora_weights", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora",
-    "layers_to_transform", "layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core",
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "auto_mapping", "peft_version",
+    "fan_in_fan_out", "layers_pattern", "loftq_config", "eva_config", "corda_config", "megatron_core",
     "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-# Starts that set the adapter alone. Others (pissa, olora, loftq …) take something out of the base weight, too.
-_HARMLESS_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
+# PEFT's names of starts. These set the adapter alone; others (loftq, corda …) change the base weight, too.
+_STARTS = {
+    None: "kaiming", True: "kaiming", False: "kaiming", "eva": "kaiming", "gaussian": "gaussian",
+    "orthogonal": "orthogonal", "pissa": "pissa", "olora": "olora",
+}  # fmt: skip
 _NEUTRAL: dict[str, tuple[Any, ...]] = {"bias": ("none",)}  # other keys: null, false or empty
 
 
 def to_peft(
-    config: LoRAConfig, *, targets: Iterable[str], base_model: str, revision: str | None
+    model: nn.Module, name: str, *, base_model: str = "", revision: str | None = None
 ) -> dict[str, Any]:
-    """The dictionary that PEFT writes for such an adapter, with the targets spelled out."""
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+    """The dictionary that PEFT writes for the adapter ``name``: targets, ranks and alphas spelled out."""
+    layers = adapter_layers(model, name)
+    config = next(iter(layers.values())).adapter(name).config
+    factor = 2 if find_initialiser(config.init_lora_weights).anchored else 1  # written with its anchor
+    alpha_factor = math.sqrt(factor) if config.use_rslora else factor
+    ranks = {path: config.rank_at(path) for path in layers}
+    alphas = {path: config.alpha_at(path) for path in layers}
+    whole = [path for path, carrier in carriers(model, name).items() if isinstance(carrier, ModuleCopies)]
+    described: dict[str, Any] = {
+        "peft_type": "ADALORA" if config.method == "adalora" else "LORA",
+        "task_type": "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None,
         "base_model_name_or_path": base_model,
         "revision": revision,
         "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": int(config.lora_alpha) if config.lora_alpha.is_integer() else config.lora_alpha,
+        "r": config.r * factor,
+        "lora_alpha": _short(config.lora_alpha * alpha_factor),
         "lora_dropout": config.lora_dropout,
-        "target_modules": sorted(targets),
+        "target_modules": short_targets(model, layers),
         "use_rslora": config.use_rslora,
-        "init_lora_weights": True if config.init_lora_weights == "kaiming" else config.init_lora_weights,
+        # PEFT runs the start before it reads the tensors, and its convolutions know these two alone.
+        "init_lora_weights": "gaussian" if config.init_lora_weights == "gaussian" else True,
         "bias": "none",
-        "fan_in_fan_out": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "use_dora": False,
+        "fan_in_fan_out": all(layer.host.transposed for layer in layers.values()),
+        "modules_to_save": whole or None,
+        "rank_pattern": {f"^{path}": r * factor for path, r in ranks.items() if r != config.r},
+        "alpha_pattern": {
+            f"^{path}": _short(alpha * alpha_factor)
+            for path, alpha in alphas.items()
+            if alpha != config.lora_alpha
+        },
+        "use_dora": config.method == "dora",
     }
+    if config.method == "adalora":
+        schedule = config.schedule or RankSchedule(target_r=config.r, total_step=1)
+        described |= {key: getattr(schedule, key) for key in _SCHEDULE}
+        described |= {"init_r": config.r, "r": 8, "rank_pattern": None}
+    return described
 
 
 def short_targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
@@ -66,79 +95,125 @@ def short_targets(model: nn.Module, paths: Iterable[str]) -> list[str]:
     return sorted(names if matched == wanted else wanted)
 
 
-def read_peft(folder: Path) -> tuple[LoRAConfig, dict[str, Any]]:
-    """The adapter's settings and the raw dictionary.
+def from_peft(raw: dict[str, Any], place: str, *, anchored: str | None = None) -> LoRAConfig:
+    """The settings that PEFT's dictionary describes.
+
+    Args:
+        raw: the dictionary.
+        place: where it was read, for errors.
+        anchored: the start of an adapter that lorakit wrote with its anchor, at twice its rank.
 
     Raises:
-        AdapterMismatchError: no such file, not JSON, another kind of adapter, or a setting that lorakit cannot
-            reproduce (each named).
+        AdapterMismatchError: another kind of adapter, or a setting that cannot be reproduced (each named).
     """
-    path = folder / CONFIG_FILE
-    raw = _read_object(path)
     kind = raw.get("peft_type")
-    if kind != "LORA":
-        raise AdapterMismatchError(f"peft_type is {kind!r}; only LORA is supported", place=str(path))
+    if kind not in ("LORA", "ADALORA"):
+        raise AdapterMismatchError(f"peft_type is {kind!r:.80}; LORA and ADALORA are supported", place=place)
     refused = [f"{key} = {value!r:.80}" for key, value in raw.items() if not _harmless(key, value)]
     if refused:
+        shown = "; ".join(refused[:10])
         raise AdapterMismatchError(
-            f"settings that lorakit does not know how to reproduce: {'; '.join(refused)}", place=str(path)
+            f"settings that lorakit does not know how to reproduce: {shown}", place=place
         )
     try:
-        return _to_config(raw), raw
-    except (LorakitError, ValueError) as error:
-        raise AdapterMismatchError(f"not a usable adapter description: {error}", place=str(path)) from error
+        return _to_config(raw, anchored)
+    except (LorakitError, ValueError, TypeError) as error:
+        raise AdapterMismatchError(f"not a usable adapter description: {error}", place=place) from error
 
 
-def _to_config(raw: dict[str, Any]) -> LoRAConfig:
+def _to_config(raw: dict[str, Any], anchored: str | None) -> LoRAConfig:
+    adalora = raw["peft_type"] == "ADALORA"
     missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given")
-    rank, start = raw["r"], raw.get("init_lora_weights", True)
-    if isinstance(rank, int) and rank > _MAX_RANK:
-        raise ValueError(f"r = {rank} is beyond {_MAX_RANK}")
-    targets = raw["target_modules"]
-    if isinstance(targets, str) and targets != "all-linear":
-        raise ValueError(f"target_modules is the regular expression {targets!r:.80}; write a list of names")
-    if not isinstance(targets, str) and not (
-        isinstance(targets, list) and all(isinstance(name, str) for name in targets)
-    ):
-        raise ValueError("target_modules must be a list of names")
+    factor = 2 if anchored else 1
+    rslora = raw.get("use_rslora", False)
+    alpha_factor = math.sqrt(factor) if rslora else factor
+    kept, gone = _adalora_ranks(raw) if adalora else (_ranks(raw.get("rank_pattern"), factor), ())
     return LoRAConfig(
-        r=rank,
-        lora_alpha=raw["lora_alpha"],
+        r=_rank("r", raw["init_r"] if adalora else raw["r"], factor),
+        lora_alpha=_halved(raw["lora_alpha"], alpha_factor),
         lora_dropout=raw.get("lora_dropout", 0.0),
-        target_modules="all" if targets == "all-linear" else targets,
-        use_rslora=raw.get("use_rslora", False),
-        init_lora_weights="gaussian" if start == "gaussian" else "kaiming",
+        target_modules="all" if raw["target_modules"] == "all-linear" else _names("target_modules", raw),
+        use_rslora=rslora,
+        init_lora_weights=anchored or _start(raw),
+        method="adalora" if adalora else "lora",
+        use_dora=bool(raw.get("use_dora", False)),
+        rank_pattern=kept,
+        alpha_pattern={
+            k: _halved(v, alpha_factor) for k, v in _object("alpha_pattern", raw.get("alpha_pattern")).items()
+        },
+        modules_to_save=_names("modules_to_save", raw) or (),
+        exclude_modules=_names("exclude_modules", raw) or gone,
+        layers_to_transform=raw.get("layers_to_transform"),
+        schedule=RankSchedule(**{key: raw[key] for key in _SCHEDULE if key in raw}) if adalora else None,
     )
 
 
-def _harmless(key: str, value: Any) -> bool:
-    if key in {"layers_to_transform", "layers_pattern"}:
-        return value is None
-    if key == "init_lora_weights":
-        return value in _HARMLESS_STARTS
-    return key in _DESCRIPTIVE or value in (None, False, {}, [], "") or value in _NEUTRAL.get(key, ())
+def _adalora_ranks(raw: dict[str, Any]) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The rank of each module (PEFT stores only the singular values that AdaLoRA kept), and those of rank 0."""
+    ranks = {
+        key.removeprefix("base_model.model.").removesuffix(".lora_E"): sum(map(bool, mask))
+        for key, mask in _object("rank_pattern", raw.get("rank_pattern")).items()
+    }
+    return {f"^{path}": r for path, r in ranks.items() if r}, tuple(path for path, r in ranks.items() if not r)
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_BYTES + 1)
-    except OSError as error:
-        raise AdapterMismatchError(
-            f"cannot read {path.name}: {error.strerror}",
-            place=str(path.parent),
-            remedy="name an adapter folder (adapter_config.json and adapter_model.safetensors) or a run folder",
-        ) from error
-    if len(data) > _MAX_BYTES:
-        raise AdapterMismatchError(
-            f"larger than {_MAX_BYTES} bytes: not an adapter description", place=str(path)
-        )
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise AdapterMismatchError(f"not JSON: {error}", place=str(path)) from error
-    if not isinstance(value, dict):
-        raise AdapterMismatchError("not a JSON object", place=str(path))
+def _ranks(pattern: Any, factor: int) -> dict[str, int]:
+    return {
+        key: _rank(f"rank_pattern[{key}]", r, factor) for key, r in _object("rank_pattern", pattern).items()
+    }
+
+
+def _object(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict) or len(value or ()) > _MAX_PATTERNS:
+        raise ValueError(f"{key} must be an object of at most {_MAX_PATTERNS} entries")
+    return value or {}
+
+
+def _rank(key: str, value: Any, factor: int) -> Any:
+    if isinstance(value, int) and value > _MAX_RANK:
+        raise ValueError(f"{key} = {value!s:.20} is beyond {_MAX_RANK}")
+    if factor == 1:
+        return value
+    if not isinstance(value, int) or value % factor:
+        raise ValueError(f"{key} = {value!r:.80} is not twice the rank of a PiSSA or OLoRA adapter")
+    return value // factor
+
+
+def _names(key: str, raw: dict[str, Any]) -> Any:
+    value = raw.get(key)
+    if value is None or isinstance(value, str):
+        return value
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{key} must be a list of names or a regular expression")
+    if len(value) > _MAX_TARGETS:
+        raise ValueError(f"{key} has {len(value)} entries, more than {_MAX_TARGETS}")
     return value
+
+
+def _start(raw: dict[str, Any]) -> str:
+    start = raw.get("init_lora_weights", True)
+    return _STARTS.get(start, start)
+
+
+def _harmless(key: str, value: Any) -> bool:
+    if key == "layers_pattern":
+        return value in (
+            None,
+            "layers",
+            "h",
+            "blocks",
+        )  # the number behind such a name is the first in the path
+    if key == "init_lora_weights":
+        return value is None or isinstance(value, bool) or value in _STARTS
+    neutral = value in (None, False, {}, [], "") or value in _NEUTRAL.get(key, ())
+    return key in _READ or key in _DESCRIPTIVE or neutral
+
+
+def _halved(value: Any, factor: float) -> Any:
+    return value / factor if isinstance(value, int | float) and factor != 1 else value
+
+
+def _short(value: float) -> int | float:
+    return int(value) if float(value).is_integer() else value

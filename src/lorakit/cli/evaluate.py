@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import click
 
+from lorakit.cli.options import base_options
 from lorakit.cli.show import emit
 
 
 @click.command()
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True, type=click.Path())
-@click.option("--base", help="Base model, if not the one that the adapter names.")
+@base_options
 @click.option("--max-samples", type=click.IntRange(min=1), help="Only the first rows of each file.")
 @click.option("--cutoff-len", type=click.IntRange(min=16), default=2048, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
@@ -21,6 +22,7 @@ def evaluate(
     model: str,
     data: tuple[str, ...],
     base: str | None,
+    any_base: bool,
     max_samples: int | None,
     cutoff_len: int,
     batch_size: int,
@@ -41,7 +43,7 @@ def evaluate(
     from lorakit.log import logger
 
     samples = read_samples(data, max_samples)
-    session = open_session(model, base=base)
+    session = open_session(model, base=base, check_base=not any_base)
     result = score(
         session.model,
         session.tokenizer,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from lorakit.cli.options import base_options
 from lorakit.cli.show import emit
 from lorakit.errors import UsageError
 
@@ -19,7 +20,7 @@ def _session_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
         click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True),
         click.option("--system", help="System message; an adapter brings the one it was trained with."),
-        click.option("--base", help="Base model, if not the one that the adapter names."),
+        base_options,
     ):
         command = option(command)
     return command
@@ -34,6 +35,7 @@ def generate(
     model: str,
     prompts: tuple[str, ...],
     base: str | None,
+    any_base: bool,
     system: str | None,
     max_new_tokens: int,
     as_json: bool,
@@ -53,7 +55,7 @@ def generate(
     from lorakit.evals.generate import generate as answer
     from lorakit.evals.session import open_session
 
-    session = open_session(model, base=base)
+    session = open_session(model, base=base, check_base=not any_base)
     conversations = [session.conversation(question, system) for question in questions]
     answers = answer(session.model, session.tokenizer, conversations, max_new_tokens=max_new_tokens)
     if as_json:
@@ -65,11 +67,11 @@ def generate(
 @click.command()
 @click.argument("model")
 @_session_options
-def chat(model: str, base: str | None, system: str | None, max_new_tokens: int) -> None:
+def chat(model: str, base: str | None, any_base: bool, system: str | None, max_new_tokens: int) -> None:
     """Talk with MODEL (a run directory, an adapter folder or a base model); an empty line ends it."""
     from lorakit.evals.session import open_session
 
-    session = open_session(model, base=base)
+    session = open_session(model, base=base, check_base=not any_base)
     click.echo("An empty line ends the conversation; /new starts another one.", err=True)
     _converse(session, system, max_new_tokens)
 

@@ -30,6 +30,8 @@ VERBS = {
     "chat": ("lorakit.cli.generate:chat", "Talk with a model or an adapter."),
     "evaluate": ("lorakit.cli.evaluate:evaluate", "Measure a model or an adapter on a held-out file."),
     "merge": ("lorakit.cli.merge:merge", "Write base and adapter as one plain model folder."),
+    "convert": ("lorakit.cli.convert:convert", "Write an adapter as plain LoRA, at a lower rank if wanted."),
+    "inspect": ("lorakit.cli.inspect:inspect", "Show what an adapter or a file of weights holds."),
     "report": ("lorakit.cli.report:report", "Write the report page of a run."),
     "env": ("lorakit.cli.env:env", "Show what this machine can do."),
     "demo": ("lorakit.cli.demo:demo", "Teach a small model a real task and show the proof."),

@@ -2,40 +2,69 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
+from lorakit.cli.options import base_options
 from lorakit.cli.show import emit
 from lorakit.errors import ModelError
 from lorakit.hardware import Precision
+
+CERTIFICATE_FILE = "merge_certificate.json"
+_LEAST_AGREEMENT = 0.99
 
 
 @click.command()
 @click.argument("adapter", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--base", help="Base model, if not the one that the adapter names.")
+@base_options
 @click.option(
     "--dtype", type=click.Choice(["fp32", "bf16", "fp16"]), default="fp32", show_default=True,
     help="Number format of the written weights; folding is computed in fp32.",
 )  # fmt: skip
+@click.option("--inputs", type=click.Path(), help="Rows to compare base and adapter with the merged model on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def merge(adapter: str, out: str, base: str | None, dtype: Precision, as_json: bool) -> None:
+def merge(
+    adapter: str,
+    out: str,
+    base: str | None,
+    any_base: bool,
+    dtype: Precision,
+    inputs: str | None,
+    as_json: bool,
+) -> None:
     r"""Fold ADAPTER (a run directory or an adapter folder) into its base model and write the folder OUT.
 
-    The result needs neither lorakit nor PEFT: stock transformers loads it.
+    The result needs neither lorakit nor PEFT: stock transformers loads it. Beside it lies a certificate of how
+    far its logits are from those of base and adapter.
 
     \b
     lorakit merge runs/addresses merged-model
     """
     from lorakit.checkpoint.export import export_merged
-    from lorakit.evals.session import find_adapter, open_session
+    from lorakit.checkpoint.peft_format import find_adapter
+    from lorakit.data.formats import read_samples
+    from lorakit.evals.certificate import PROMPTS, certify, encode_inputs, logits
+    from lorakit.evals.session import open_session
+    from lorakit.files import write_json
+    from lorakit.log import logger
     from lorakit.models.load import DTYPES
     from lorakit.models.quiet import quiet
 
     if find_adapter(Path(adapter)) is None:
         raise ModelError(f"{adapter} is neither an adapter folder nor a run directory that holds one")
-    session = open_session(adapter, base=base, precision="fp32", merge=False)
+    rows = [sample.messages for sample in read_samples([inputs], 20)] if inputs else None
+    session = open_session(adapter, base=base, precision="fp32", merge=False, check_base=not any_base)
+    texts = encode_inputs(session.tokenizer, rows or [session.conversation(prompt) for prompt in PROMPTS])
+    adapted = logits(session.model, texts)
     with quiet():
         folder = export_merged(session.model, session.tokenizer, Path(out), dtype=DTYPES[dtype])
-    emit({"merged": str(folder), "dtype": dtype}, as_json)
+    certificate = asdict(certify(adapted, logits(session.model, texts)))
+    write_json(folder / CERTIFICATE_FILE, {"adapter": adapter, "dtype": dtype, **certificate})
+    if certificate["top1_agreement"] < _LEAST_AGREEMENT:
+        logger.warning(
+            "the merged model prefers another token at some positions: merge as fp32 or bf16 to compare"
+        )
+    emit({"merged": str(folder), "dtype": dtype, **certificate}, as_json)

@@ -26,7 +26,6 @@ _OFF = (False,)
 _QUANTISED = "the base is not quantised; remove the quantisation keys"
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 _GPUS = "a run uses one process; remove the key"
-_ADAPTER = "plain LoRA and rsLoRA (use_rslora) are what there is"
 _LOADER = "rows are encoded once and held in memory, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
 _SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
@@ -70,23 +69,15 @@ UNBUILT: dict[str, Unbuilt] = {
     "enable_thinking": Unbuilt((True,), "the tokenizer's own chat template decides"),
     "media_dir": Unbuilt((), "only text models are trained"),
     # Adapters
-    "use_dora": Unbuilt(_OFF, _ADAPTER),
-    "lora_fa": Unbuilt(_OFF, _ADAPTER),
-    "loraplus_lr_ratio": Unbuilt((1, 1.0), "A and B share one learning_rate"),
-    "loraplus_lr_embedding": Unbuilt((1e-6,), "A and B share one learning_rate"),
-    "pissa_init": Unbuilt(_OFF, "A starts random and B at zero"),
-    "pissa_iter": Unbuilt((16,), "A starts random and B at zero"),
-    "pissa_convert": Unbuilt(_OFF, "A starts random and B at zero"),
-    "init_lora_weights": Unbuilt((True,), "A starts random and B at zero"),
-    "additional_target": Unbuilt((), _FREEZE),
-    "modules_to_save": Unbuilt((), _FREEZE),
+    "loraplus_lr_embedding": Unbuilt(
+        (1e-6,), "adapters of embeddings share learning_rate and loraplus_lr_ratio"
+    ),
+    "pissa_convert": Unbuilt((False, True), "adapters are always written as plain LoRA on the original base"),
     "create_new_adapter": Unbuilt(_OFF, "every run starts a new adapter; remove the key"),
     "adapter_name_or_path": Unbuilt((), "every run starts a new adapter"),
     "adapter_folder": Unbuilt((), "every run starts a new adapter"),
     "bias": Unbuilt(("none",), "biases stay frozen"),
     "task_type": Unbuilt(("CAUSAL_LM",), "only causal language models are trained"),
-    "rank_pattern": Unbuilt(({},), "all layers share lora_rank"),
-    "alpha_pattern": Unbuilt(({},), "all layers share lora_alpha"),
     "use_llama_pro": Unbuilt(_OFF, _FREEZE),
     "freeze_trainable_layers": Unbuilt((2,), _FREEZE),
     "freeze_trainable_modules": Unbuilt(("all",), _FREEZE),
@@ -225,6 +216,14 @@ OTHER_NAMES: dict[str, str] = {
     "alpha": "lora_alpha",
     "dropout": "lora_dropout",
     "target_modules": "lora_target",
+    "modules_to_save": "additional_target",
+    "exclude": "exclude_modules",
+    "layers": "layers_to_transform",
+    "adalora": "use_adalora",
+    "dora": "use_dora",
+    "rslora": "use_rslora",
+    "target_r": "adalora_target_r",
+    "lora_plus_lr_ratio": "loraplus_lr_ratio",
     "lora_target_modules": "lora_target",
     "data": "dataset",
     "datasets": "dataset",

@@ -179,20 +179,24 @@ def _options(key: str) -> list[dict[str, Any]]:
     return options
 
 
+_KINDS = {
+    "boolean": "true or false",
+    "array": "a text or list of texts",
+    "object": "a mapping of names to numbers",
+}
+
+
 def _describe(option: Mapping[str, Any]) -> str:
     if "const" in option:
         return f"`{option['const']}`" if isinstance(option["const"], str) else _shown(option["const"])
     if "enum" in option:
         return "one of the allowed values"
-    match option["type"]:
-        case "boolean":
-            return "true or false"
-        case "integer" | "number" as kind:
-            name = "a whole number" if kind == "integer" else "a number"
-            return f"{name}{_range(option)}"
-        case "array":
-            return "a text or list of texts"
-    return "non-empty text"
+    kind = option["type"]
+    if kind in ("integer", "number"):
+        return f"{'a whole number' if kind == 'integer' else 'a number'}{_range(option)}"
+    if kind == "array" and option.get("items", {}).get("type") == "integer":
+        return "a list of whole numbers"
+    return _KINDS.get(kind, "non-empty text")
 
 
 def _range(option: Mapping[str, Any]) -> str:

@@ -20,6 +20,48 @@ class Rule:
 
 CONTRADICTIONS = (
     Rule(
+        ("use_adalora", "use_dora"),
+        lambda run: run.use_adalora and run.use_dora,
+        "`use_adalora` and `use_dora` are two methods",
+        "keep one of them",
+    ),
+    Rule(
+        ("use_adalora", "lora_fa"),
+        lambda run: run.use_adalora and run.lora_fa,
+        "`lora_fa` freezes A, which `use_adalora` trains",
+        "keep one of them",
+    ),
+    Rule(
+        ("use_adalora", "use_rslora"),
+        lambda run: run.use_adalora and run.use_rslora,
+        "`use_rslora` scales by a rank that `use_adalora` changes",
+        "keep one of them",
+    ),
+    Rule(
+        ("use_adalora", "init_lora_weights", "pissa_init"),
+        lambda run: run.use_adalora and (run.pissa_init or run.init_lora_weights != "kaiming"),
+        "`use_adalora` has a start of its own",
+        "leave `init_lora_weights` and `pissa_init` out",
+    ),
+    Rule(
+        ("use_adalora", "adalora_target_r", "lora_rank"),
+        lambda run: run.use_adalora and (run.adalora_target_r or 0) > run.lora_rank,
+        "`adalora_target_r` is more than the `lora_rank` that AdaLoRA starts with",
+        "raise `lora_rank`, or lower `adalora_target_r`",
+    ),
+    Rule(
+        ("use_adalora", "loraplus_lr_ratio"),
+        lambda run: run.use_adalora and run.loraplus_lr_ratio is not None,
+        "`loraplus_lr_ratio` is about a B that starts at zero, which AdaLoRA's does not",
+        "keep one of them",
+    ),
+    Rule(
+        ("pissa_init", "init_lora_weights"),
+        lambda run: run.pissa_init and not run.init_lora_weights.startswith(("kaiming", "pissa")),
+        "`pissa_init` and `init_lora_weights` name two starts",
+        "keep one of them",
+    ),
+    Rule(
         ("bf16", "fp16"),
         lambda run: bool(run.bf16 and run.fp16),
         "`bf16` and `fp16` are both true",

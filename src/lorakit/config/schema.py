@@ -19,8 +19,16 @@ def _split(value: Any) -> Any:
 
 
 def _split_targets(value: Any) -> Any:
+    """``all``, names, or one regular expression: text with a character that no module name has."""
+    if isinstance(value, str) and set(value) & set(r"\^$*+?()[]{}|"):
+        return (value,)
     names = _split(value)
     return "all" if names == ("all",) else names
+
+
+def _numbers(value: Any) -> Any:
+    """One number is a list of one."""
+    return (value,) if type(value) is int else tuple(value) if isinstance(value, list) else value
 
 
 def _endless(value: Any) -> Any:
@@ -32,6 +40,8 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 Paths = Annotated[Names, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
+STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora"
+Start = Annotated[str, Field(pattern=rf"^({STARTS}|pissa_niter_[0-9]{{1,3}})$")]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -63,9 +73,43 @@ class TrainConfig(BaseModel):
     lora_dropout: Fraction = 0.0
     """Share of the adapter's inputs dropped in training."""
     lora_target: Annotated[Literal["all"] | Names, BeforeValidator(_split_targets)] = "all"
-    """Names of the linear layers that carry an adapter, or all."""
+    """Names of the layers that carry an adapter, a regular expression for their paths, or all linear ones."""
+    exclude_modules: Annotated[Names | None, BeforeValidator(_split_targets)] = None
+    """Names of layers to leave out, or a regular expression for their paths."""
+    layers_to_transform: Annotated[
+        tuple[Annotated[int, Field(ge=0)], ...] | Text | None, BeforeValidator(_numbers)
+    ] = None
+    """Numbers of the blocks that carry adapters, such as [0, 1] or 0-3,8; all if left out."""
+    rank_pattern: dict[str, Annotated[int, Field(ge=1, le=4096)]] | None = None
+    """Another lora_rank for the modules that a name or regular expression selects."""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] | None = None
+    """Another lora_alpha for the modules that a name or regular expression selects."""
+    additional_target: Annotated[Names | None, BeforeValidator(_split)] = None
+    """Modules to train whole and save with the adapter."""
     use_rslora: bool = False
     """Scale by alpha / √rank instead of alpha / rank."""
+    use_dora: bool = False
+    """Train magnitude and direction of the weights apart (DoRA)."""
+    lora_fa: bool = False
+    """Keep A frozen and train B alone (LoRA-FA)."""
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
+    """Learning rate of B as a multiple of that of A (LoRA+); one rate if left out."""
+    init_lora_weights: Start = "kaiming"
+    """Start: kaiming, gaussian, normal, scaled_normal, orthogonal, pissa, pissa_niter_N or olora."""
+    pissa_init: bool = False
+    """Start from the weight's leading singular vectors (PiSSA)."""
+    pissa_iter: Annotated[int, Field(ge=-1, le=999)] = 16
+    """Subspace iterations of PiSSA; -1 for the exact decomposition."""
+    use_adalora: bool = False
+    """Start with lora_rank everywhere and remove the least important ranks of the whole model (AdaLoRA)."""
+    adalora_target_r: Count | None = None
+    """Rank per layer, on average, in the end; half of lora_rank if left out."""
+    adalora_tinit: Annotated[int, Field(ge=0)] | None = None
+    """Updates before ranks are removed; a tenth of all if left out."""
+    adalora_tfinal: Annotated[int, Field(ge=0)] | None = None
+    """Updates after the last rank is removed; a fifth of all if left out."""
+    adalora_delta_t: Count = 1
+    """Updates between two choices of the ranks to keep."""
 
     dataset: Paths
     """Files or folders with training rows (JSON or JSONL)."""

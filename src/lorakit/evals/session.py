@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorakit import hardware
-from lorakit.checkpoint.manager import LoRAManager
-from lorakit.checkpoint.peft_config import CONFIG_FILE, read_peft
-from lorakit.checkpoint.peft_format import NOTES_FILE, load_adapter
+from lorakit.adapters.attach import merge as merge_adapters
+from lorakit.checkpoint import binding
+from lorakit.checkpoint.peft_config import CONFIG_FILE
+from lorakit.checkpoint.peft_format import NOTES_FILE, find_adapter, load_adapter
+from lorakit.checkpoint.strict_json import read_object
 from lorakit.data.sample import Message
 from lorakit.errors import ModelError, UsageError
 from lorakit.hardware import Precision
@@ -29,7 +31,13 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
     adapter: Path | None
-    system: str | None  # the system message that the adapter was trained with
+    notes: Mapping[str, Any]  # what lorakit wrote beside the adapter
+
+    @property
+    def system(self) -> str | None:
+        """The system message that the adapter was trained with."""
+        system = self.notes.get("system")
+        return system if isinstance(system, str) else None
 
     def conversation(self, prompt: str, system: str | None = None) -> tuple[Message, ...]:
         """One question, under ``system`` or else the message that the adapter was trained with."""
@@ -38,7 +46,12 @@ class Session:
 
 
 def open_session(
-    name: str, *, base: str | None = None, precision: Precision | None = None, merge: bool = True
+    name: str,
+    *,
+    base: str | None = None,
+    precision: Precision | None = None,
+    merge: bool = True,
+    check_base: bool = True,
 ) -> Session:
     """Load what ``name`` means.
 
@@ -47,6 +60,7 @@ def open_session(
         base: the base model, if not the one that the adapter names.
         precision: number format; the best of this machine if not given.
         merge: fold the adapter into the weights in memory, for speed.
+        check_base: refuse a base model, tokenizer or chat template other than the adapter was trained with.
 
     Raises:
         UsageError: ``base`` is given, but ``name`` is no adapter.
@@ -65,34 +79,22 @@ def open_session(
     tokenizer = load_tokenizer(located)
     model = load_model(located, precision=precision or hardware.best_precision(), device=hardware.device())
     check_vocabulary(model, tokenizer)
-    if adapter is not None:
-        load_adapter(model, adapter)
-        if merge:
-            LoRAManager(model).merge_lora_weights()
-    return Session(model, tokenizer, located, adapter, _system(adapter) if adapter else None)
-
-
-def find_adapter(path: Path) -> Path | None:
-    """The adapter folder that ``path`` is or, being a run directory, holds; None if it is neither."""
-    for folder in (path, path / "adapter"):
-        if (folder / CONFIG_FILE).is_file():
-            return folder
-    return None
+    if adapter is None:
+        return Session(model, tokenizer, located, None, {})
+    notes = read_object(adapter / NOTES_FILE) if (adapter / NOTES_FILE).exists() else {}
+    if check_base and isinstance(notes.get("text"), dict):
+        binding.check_text(notes["text"], tokenizer)
+    load_adapter(model, adapter, check_base=check_base)
+    if merge:
+        merge_adapters(model)
+    return Session(model, tokenizer, located, adapter, notes)
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:
-    _, raw = read_peft(adapter)
+    raw = read_object(adapter / CONFIG_FILE)
     name, revision = raw.get("base_model_name_or_path"), raw.get("revision")
     if not isinstance(name, str) or not name:
         raise ModelError(
             "the adapter does not name its base model", place=str(adapter), remedy="add --base MODEL"
         )
     return name, revision if isinstance(revision, str) else None
-
-
-def _system(adapter: Path) -> str | None:
-    try:
-        system = json.loads((adapter / NOTES_FILE).read_text(encoding="utf-8")).get("system")
-    except (OSError, ValueError, AttributeError):
-        return None  # an adapter from elsewhere has no such notes
-    return system if isinstance(system, str) else None

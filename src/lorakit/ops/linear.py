@@ -34,7 +34,8 @@ class _LoRALinear(torch.autograd.Function):
         h_NR = x_NI @ A.to(x.dtype).T
         y_NO = F.linear(x_NI, W, bias)
         y_NO.addmm_(h_NR, B.to(x.dtype).T, alpha=scaling)
-        ctx.save_for_backward(x_NI, h_NR, W, A, B)
+        # A frozen A (LoRA-FA) needs no x in the backward pass: its activation memory is saved.
+        ctx.save_for_backward(x_NI if ctx.needs_input_grad[3] else None, h_NR, W, A, B)
         ctx.scaling = scaling
         ctx.shape = x.shape
         return y_NO.view(*x.shape[:-1], W.shape[0])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorakit import hardware
-from lorakit.adapters.attach import attach
+from lorakit.adapters.attach import adapter_layers, attach, count_parameters
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.config.resolve import Resolved
 from lorakit.data.encode import DataSummary, Row, encode_all
@@ -16,6 +17,7 @@ from lorakit.data.formats import read_samples
 from lorakit.data.sample import Sample, shared_system
 from lorakit.evals.objective import batching
 from lorakit.log import logger
+from lorakit.lowrank.budget import RankSchedule
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
 from lorakit.models.sources import ModelSource, locate
 from lorakit.training.loop import Plan
@@ -60,7 +62,8 @@ def build(settings: Resolved) -> Job:
         trust_remote_code=settings.trust_remote_code,
     )
     check_vocabulary(model, tokenizer)
-    _attach(model, settings)
+    plan = _plan(settings, len(rows))
+    _attach(model, settings, plan.steps)
     with batching(model, tokenizer, rows) as collate:
         check_gradients_arrive(model, collate([min(rows, key=lambda row: len(row.ids))]))
     logger.info(
@@ -76,21 +79,67 @@ def build(settings: Resolved) -> Job:
         held_out=held_out,
         system=shared_system(samples),
         source=source,
-        plan=_plan(settings, len(rows)),
+        plan=plan,
     )
 
 
-def _attach(model: PreTrainedModel, settings: Resolved) -> None:
-    config = LoRAConfig(
+def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
+    attach(model, adapter_config(settings, steps), seed=settings.seed)
+    layers = adapter_layers(model).items()
+    kinds = Counter((path.rpartition(".")[2], tuple(layer.weight.shape)) for path, layer in layers)
+    counted = count_parameters(model)
+    logger.info(
+        "%s on %s; %s of %s parameters train (%.3g %%)",
+        next(iter(layers))[1].adapter("default").method.name,
+        ", ".join(f"{count} × {name} {list(shape)}" for (name, shape), count in kinds.items()),
+        f"{counted['trainable']:,}", f"{counted['total']:,}", counted["percent"],
+    )  # fmt: skip
+    if settings.lora_fa:
+        logger.info(
+            "lora_fa is LoRA-FA: A stays frozen, B is trained (it has nothing to do with Flash Attention)"
+        )
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def adapter_config(settings: Resolved, steps: int) -> LoRAConfig:
+    """The adapter that the configuration describes, for a training of ``steps`` updates."""
+    start = settings.init_lora_weights
+    if settings.pissa_init and start == "kaiming":
+        start = "pissa" if settings.pissa_iter < 0 else f"pissa_niter_{settings.pissa_iter}"
+    return LoRAConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target,
+        target_modules=_only(settings.lora_target),
         use_rslora=settings.use_rslora,
+        init_lora_weights=start,
+        method="adalora" if settings.use_adalora else "lora",
+        use_dora=settings.use_dora,
+        lora_fa=settings.lora_fa,
+        rank_pattern=settings.rank_pattern,
+        alpha_pattern=settings.alpha_pattern,
+        modules_to_save=settings.additional_target or (),
+        exclude_modules=_only(settings.exclude_modules or ()),
+        layers_to_transform=settings.layers_to_transform,
+        schedule=_schedule(settings, steps) if settings.use_adalora else None,
     )
-    attach(model, config, seed=settings.seed)
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _only(names: str | tuple[str, ...]) -> str | tuple[str, ...]:
+    """A tuple of one as text, which may be a regular expression."""
+    return names[0] if isinstance(names, tuple) and len(names) == 1 else names
+
+
+def _schedule(settings: Resolved, steps: int) -> RankSchedule:
+    tinit, tfinal = settings.adalora_tinit, settings.adalora_tfinal
+    return RankSchedule(
+        target_r=settings.adalora_target_r or max(1, settings.lora_rank // 2),
+        total_step=steps,
+        tinit=steps // 10 if tinit is None else tinit,
+        tfinal=steps // 5 if tfinal is None else tfinal,
+        deltaT=settings.adalora_delta_t,
+    )
 
 
 def _plan(settings: Resolved, rows: int) -> Plan:

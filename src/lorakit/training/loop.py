@@ -14,6 +14,7 @@ from torch import nn
 from lorakit import hardware
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
+from lorakit.lowrank.budget import RankAllocator
 from lorakit.training.order import updates
 from lorakit.training.schedule import learning_rate
 from lorakit.training.signals import StopRequest
@@ -64,17 +65,21 @@ def fit(
     *,
     collate: Callable[[Sequence[Row]], Batch],
     hooks: Hooks,
+    budget: RankAllocator | None = None,
 ) -> int | None:
-    """Train ``model`` in place; returns the signal that stopped it early, or None when it finished."""
+    """Train ``model`` in place; returns the signal that stopped it early, or None when it finished.
+
+    ``budget`` takes ranks away as AdaLoRA does.
+    """
     meter = _Meter(plan, len(rows))
     model.train()
     with StopRequest() as stop:
         for step, numbers in enumerate(updates(len(rows), plan.per_update, plan.steps, plan.seed), start=1):
             rate = plan.rate(step - 1)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * group.get("factor", 1.0)
             batches = [collate([rows[i] for i in part]) for part in _split(numbers, plan.micro_batch)]
-            result = train_step(model, batches, optimizer, plan.max_grad_norm)
+            result = train_step(model, batches, optimizer, plan.max_grad_norm, budget, step)
             meter.add(result)
             hooks.on_step(step, result.loss)
             if step % plan.logging_steps == 0 or step == plan.steps or stop.signum:

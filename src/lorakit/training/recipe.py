@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lorakit.adapters.attach import rank_allocator
+from lorakit.checkpoint.binding import text_fingerprint
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import save_adapter
 from lorakit.config.load import load, load_mapping
@@ -85,7 +87,9 @@ def _fit(job: Job, folder: RunFolder, metrics: MetricsFile) -> int | None:
         betas=(settings.adam_beta1, settings.adam_beta2),
         epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay,
+        ratio=settings.loraplus_lr_ratio,
     )
+    budget = rank_allocator(job.model) if settings.use_adalora else None
     with batching(job.model, job.tokenizer, job.rows) as collate, make_display(plan.steps) as display:
         return fit(
             job.model,
@@ -98,6 +102,7 @@ def _fit(job: Job, folder: RunFolder, metrics: MetricsFile) -> int | None:
                 on_log=lambda entry: _log(entry, metrics, display),
                 on_save=lambda step: _save(job, folder.checkpoint(step)),
             ),
+            budget=budget,
         )
 
 
@@ -112,7 +117,7 @@ def _save(job: Job, path: Path) -> None:
         path,
         base_model=job.settings.model_name_or_path,
         revision=job.settings.model_revision,
-        notes={"system": job.system},
+        notes={"system": job.system, "text": text_fingerprint(job.tokenizer)},
     )
 
 

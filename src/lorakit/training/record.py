@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from lorakit import __version__, hardware
-from lorakit.adapters.attach import adapter_layers, count_parameters
+from lorakit.adapters.attach import adapter_layers, carriers, count_parameters
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.evals.evaluate import Evaluation
 from lorakit.files import write_json, write_text
@@ -33,7 +33,7 @@ _SAMPLES = 10
 def fingerprint(model: nn.Module) -> str:
     """sha256 over the bytes of every base tensor, by name; adapters are left out, merging is not undone."""
     digest = hashlib.sha256()
-    adapters = {id(p) for layer in adapter_layers(model).values() for p in layer.adapters.parameters()}
+    adapters = {id(p) for carrier in carriers(model).values() for p in carrier.adapters.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) not in adapters:
             digest.update(name.replace(".base.", ".").encode())

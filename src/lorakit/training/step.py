@@ -18,6 +18,7 @@ from torch import nn
 from lorakit.data.collate import Batch
 from lorakit.errors import DivergedError, TargetError
 from lorakit.evals.objective import batch_loss
+from lorakit.lowrank.budget import RankAllocator, orthogonality
 
 
 @dataclass(frozen=True)
@@ -30,9 +31,17 @@ class StepResult:
 
 
 def train_step(
-    model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, max_grad_norm: float
+    model: nn.Module,
+    batches: Sequence[Batch],
+    optimizer: torch.optim.Optimizer,
+    max_grad_norm: float,
+    budget: RankAllocator | None = None,
+    step: int = 1,
 ) -> StepResult:
     """Accumulate the gradient of all ``batches``, clip its global norm, update.
+
+    With AdaLoRA's ``budget`` its orthogonality term is part of the gradient, not of the reported loss, and the
+    ranks are chosen after the update; ``step`` (from 1) tells the budget how far the training is.
 
     Raises:
         DivergedError: loss or gradient norm is not finite; nothing was updated.
@@ -43,6 +52,8 @@ def train_step(
         loss = batch_loss(model, batch) / supervised
         loss.backward()
         total += loss.item()
+    if budget is not None:
+        (budget.schedule.orth_reg_weight * orthogonality(budget.layers.values())).backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm))
     if not (math.isfinite(total) and math.isfinite(norm)):
@@ -51,6 +62,8 @@ def train_step(
             remedy="lower learning_rate, or check the data for broken rows",
         )
     optimizer.step()
+    if budget is not None:
+        budget.update(step)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(total, norm, sum(batch.tokens for batch in batches))
 

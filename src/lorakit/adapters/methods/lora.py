@@ -4,26 +4,59 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Generator, Tensor
 
-from lorakit.adapters.hosts import Host
-from lorakit.adapters.methods.method import Adapter
+from lorakit.adapters.methods.method import Adapter, Site
+from lorakit.lowrank.inits import Start, find_initialiser
 
 
 class LoRA:
     """y + s · B A dropout(x)."""
 
     name: ClassVar[str] = "lora"
-    fusable: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
 
-    def add(self, host: Host, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
-        """A and B are cast to x's dtype: the products run at the base's precision."""
-        x = F.dropout(x, adapter.dropout, adapter.training)
-        h = host.down(x, adapter.lora_A.to(x.dtype))
-        return y + adapter.scaling * host.up(h, adapter.lora_B.to(x.dtype))
+    def start(self, layer: Site, adapter: Adapter, generator: Generator | None) -> None:
+        """By the adapter's initialiser; drawn on the CPU, so that every device starts alike."""
+        initialiser = find_initialiser(adapter.config.init_lora_weights)
+        A, B = torch.zeros(adapter.lora_A.shape), torch.zeros(adapter.lora_B.shape)
+        W = layer.store.read()
+        initialiser.fill(
+            Start(
+                A.flatten(1),
+                B.flatten(1),
+                lambda: layer.host.matrix(W.detach().float()),
+                layer.host.fan_in(A),
+                adapter.scaling,
+                generator,
+            )
+        )
+        adapter.lora_A.copy_(A)
+        adapter.lora_B.copy_(B)
+        if initialiser.anchored:
+            adapter.set_anchor(adapter.lora_A, adapter.lora_B)
 
-    def merged(self, host: Host, adapter: Adapter, W: Tensor) -> Tensor:
+    def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
+        """A and B; with an anchor [A; A₀] and [B, −B₀], of rank 2r."""
+        if adapter.anchor_A is None or adapter.anchor_B is None:
+            return adapter.lora_A, adapter.lora_B
+        return torch.cat([adapter.lora_A, adapter.anchor_A]), torch.cat([adapter.lora_B, -adapter.anchor_B], 1)
+
+    def add(self, layer: Site, adapter: Adapter, x: Tensor, y: Tensor) -> Tensor:
+        """A and B are cast to y's dtype: the products run at the base's precision."""
+        return y + self._update(layer, adapter, x, y.dtype)
+
+    def merged(self, layer: Site, adapter: Adapter, W: Tensor) -> Tensor:
         """W + s · B A."""
-        delta = host.delta(adapter.lora_A.to(W.dtype), adapter.lora_B.to(W.dtype))
-        return W + adapter.scaling * delta
+        A, B = (factor.to(W.dtype) for factor in self.factors(adapter))
+        return W + adapter.scaling * layer.host.delta(A, B, W)
+
+    def _update(self, layer: Site, adapter: Adapter, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """s · B A dropout(x)."""
+        A, B = (factor.to(dtype) for factor in self.factors(adapter))
+        if x.is_floating_point():  # token ids are not
+            x = F.dropout(x, adapter.dropout, adapter.training)
+        h = layer.host.down(layer.base, x, A)
+        return adapter.scaling * layer.host.up(layer.base, h, B)
