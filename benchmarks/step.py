@@ -22,12 +22,11 @@ import torch
 from lorakit import add_lora_to_model, hardware
 from lorakit.data.collate import pad
 from lorakit.data.encode import Row, encode_all
-from lorakit.data.formats import read_samples
+from lorakit.data.reading import read_samples
 from lorakit.demo.addresses import prepare
 from lorakit.evals.objective import batching
-from lorakit.files import write_json
+from lorakit.files import cache_folder, write_json
 from lorakit.models.load import load_model, load_tokenizer
-from lorakit.models.pypi import cache_folder
 from lorakit.models.sources import DEMO_MODEL, locate
 from lorakit.training.optim import adamw
 from lorakit.training.step import train_step
@@ -46,7 +45,7 @@ def main() -> None:
     source = locate(DEMO_MODEL)
     tokenizer = load_tokenizer(source)
     train, _ = prepare(cache_folder() / "addresses")
-    rows, _ = encode_all(tokenizer, read_samples([train]), cutoff_len=2048)
+    rows, _ = encode_all(tokenizer, read_samples([train]).samples, cutoff_len=2048)
     precision = hardware.best_precision()
 
     ours = add_lora_to_model(load_model(source, precision=precision), r=8, seed=0).train()

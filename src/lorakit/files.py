@@ -19,6 +19,31 @@ from typing import Any
 from lorakit.errors import StorageError
 
 
+def cache_folder() -> Path:
+    """Where fetched and converted files are kept: ``LORAKIT_CACHE``, else ``~/.cache/lorakit``."""
+    return Path(os.environ.get("LORAKIT_CACHE") or "~/.cache/lorakit").expanduser()
+
+
+@contextlib.contextmanager
+def exclusive(path: Path) -> Iterator[None]:
+    """Let one process at a time make ``path``; the others wait."""
+    from filelock import FileLock
+
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError as error:
+        raise StorageError(
+            f"cannot use the cache {path.parent}: {error.strerror or error}",
+            remedy="set LORAKIT_CACHE to a folder that can be written",
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def sha256_file(path: Path) -> str:
     """Hex digest of a file, read in pieces."""
     with path.open("rb") as stream:

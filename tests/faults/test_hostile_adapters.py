@@ -103,7 +103,7 @@ def test_the_worst_json_that_is_read_takes_a_moment(tmp_path: Path, content: str
         start = time.process_time()
         assert read_object(path) == json.loads(content)
         spent.append(time.process_time() - start)
-        if min(spent) < 0.1:
+        if min(spent) < 0.5:
             return
     pytest.fail(f"{min(spent):.3f} s")
 

@@ -83,6 +83,7 @@ gradient_accumulation_steps: 2
 logging_steps: 5
 save_steps: 25
 bf16: false
+tokenized_path: encoded
 """
     )
     return folder

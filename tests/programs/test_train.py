@@ -48,7 +48,7 @@ class TestRun:
             "config.resolved.yaml", "metrics.jsonl", "run.json", "report.html", "adapter",
             "checkpoint-25", "checkpoint-50",
         }  # fmt: skip
-        saved = {"adapter_config.json", "adapter_model.safetensors", "lorakit.json"}
+        saved = {"adapter_config.json", "adapter_model.safetensors", "lorakit.json", "chat_template.jinja"}
         assert {path.name for path in (run / "adapter").iterdir()} == saved | {"README.md"}
         assert {path.name for path in (run / "checkpoint-25").iterdir()} == saved
 
@@ -192,6 +192,38 @@ class TestAgain:
         assert max(losses["true"][-1], losses["false"][-1]) < 0.1 * losses["true"][0]
 
 
+class TestBatches:
+    @pytest.mark.parametrize(
+        "keys",
+        [
+            ("packing=true", "cutoff_len=256"),
+            ("group_by_length=true",),
+            ("max_tokens_per_batch=512", "cutoff_len=256"),
+        ],
+    )
+    def test_rows_can_be_grouped_in_other_ways(
+        self, keys: tuple[str, ...], folder: Path, lorakit: Call, tmp_path: Path
+    ) -> None:
+        status, _, err = lorakit(
+            *small_run(folder, tmp_path / "out", "max_steps=null", "num_train_epochs=2", *keys)
+        )
+        assert status == 0, err
+        logged = events(tmp_path / "out", "train")
+        assert (logged[-1]["epoch"], logged[-1]["step"]) == (2.0, logged[-1]["steps"])
+        tokens = json.loads((tmp_path / "out" / "run.json").read_text())["data"]["train"]["tokens"]
+        assert logged[-1]["tokens"] == 2 * tokens  # every row once an epoch
+
+    def test_rows_are_encoded_once(self, folder: Path, lorakit: Call, tmp_path: Path) -> None:
+        cache = f"tokenized_path={tmp_path / 'rows'}"
+        first, second, other = (small_run(folder, tmp_path / name, cache) for name in ("1", "2", "3"))
+        found = "encoded rows are in the cache"
+        assert found not in lorakit(*first)[2]
+        assert found in lorakit(*second)[2]
+        assert found not in lorakit(*other, "cutoff_len=64")[2]
+        assert found not in lorakit(*other, "overwrite_cache=true", "overwrite_output_dir=true")[2]
+        assert events(tmp_path / "1", "train")[-1]["loss"] == events(tmp_path / "2", "train")[-1]["loss"]
+
+
 class TestDryRun:
     def test_it_prints_the_values_and_writes_nothing(self, folder: Path, lorakit: Call, tmp_path: Path) -> None:
         before = everything(folder)
@@ -218,7 +250,12 @@ FAILURES: dict[str, tuple[tuple[str, ...], int, str, tuple[str, ...]]] = {
     "no model folder": (("model_name_or_path=./missing",), 2, "E-CONFIG", ("there is no model at",)),
     "no data": (("dataset=tran.jsonl",), 3, "E-DATA", ("no such file or folder", "tran.jsonl", "train.jsonl")),
     "broken data": (("dataset=broken.jsonl",), 3, "E-DATA", ("not JSON", "broken.jsonl:2")),
-    "nothing to learn": (("cutoff_len=16",), 3, "E-DATA", ("no row is left", "raise cutoff_len")),
+    "nothing to learn": (
+        ("cutoff_len=16", "long_rows=drop"),
+        3,
+        "E-DATA",
+        ("no row is left", "raise cutoff_len"),
+    ),
     "an empty model folder": (("model_name_or_path=empty/",), 4, "E-MODEL", ("empty",)),
     "unknown target": (("lora_target=q_prj",), 4, "E-TARGET", ("q_prj", "q_proj")),
     "diverging": (("lora_alpha=1e30", "learning_rate=1"), 5, "E-DIVERGED", ("nothing was updated",)),
@@ -255,7 +292,7 @@ class TestFailures:
         _, out, err = lorakit(*small_run(broken, broken / "out", "dataset=broken.jsonl"), "--json")
         assert out == ""
         found = json.loads(err.splitlines()[-1])
-        assert (found["code"], found["place"]) == ("E-DATA", f"{broken}/broken.jsonl:2")
+        assert (found["code"], found["place"]) == ("E-DATA", f"{broken}/broken.jsonl:2 (byte 53)")
 
     def test_bad_yaml(self, tmp_path: Path, lorakit: Call) -> None:
         (tmp_path / "config.yaml").write_text("model_name_or_path: [x\nseed: 1\n")
@@ -267,8 +304,8 @@ class TestFailures:
     def test_a_mistake_costs_no_earlier_results(self, broken: Path, lorakit: Call) -> None:
         assert lorakit(*small_run(broken, broken / "out"))[0] == 0
         before = everything(broken / "out")
-        for mistake in ("lora_target=q_prj", "cutoff_len=16"):
-            status, _, _ = lorakit(*small_run(broken, broken / "out", "overwrite_output_dir=true", mistake))
+        for mistakes in (["lora_target=q_prj"], ["cutoff_len=16", "long_rows=drop"]):
+            status, _, _ = lorakit(*small_run(broken, broken / "out", "overwrite_output_dir=true", *mistakes))
             assert status in {3, 4}
         assert everything(broken / "out") == before
 

@@ -57,7 +57,6 @@ class TestUsing:
 
     def test_chat_remembers_until_new(self, run: Path, lorakit: Call, typed: Callable[[str], None]) -> None:
         from lorakit.data.sample import Message
-        from lorakit.evals.generate import generate
         from lorakit.evals.session import open_session
 
         typed(f"{ROWS[0][0]}\nAnd now?\n\nnot read\n")
@@ -69,7 +68,7 @@ class TestUsing:
             Message("assistant", ROWS[0][1]),
             Message("user", "And now?"),
         )
-        (second,) = generate(session.model, session.tokenizer, [turns], max_new_tokens=48)
+        (second,) = session.answer([turns], max_new_tokens=48)
         assert out == f"{ROWS[0][1]}\n{second}\n"
 
     def test_evaluate(self, run: Path, folder: Path, lorakit: Call) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +14,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from lorakit.adapters.attach import adapter_layers, add_lora_to_model
 from lorakit.checkpoint.peft_format import find_adapter, save_adapter
-from lorakit.data.encode import encode
+from lorakit.data.encode import Row, encode_all, prompt_ids
+from lorakit.data.rendering import Policy
 from lorakit.data.sample import Message, Sample
-from lorakit.data.templates import render
+from lorakit.data.templates import Template, find_template
 from lorakit.errors import AdapterMismatchError, DataError, ModelError, UsageError
-from lorakit.evals.evaluate import evaluate, mean_loss
-from lorakit.evals.generate import generate
+from lorakit.evals import evaluate as evaluation
+from lorakit.evals import generate as generation
+from lorakit.evals.evaluate import Evaluation, mean_loss
 from lorakit.evals.objective import batching
 from lorakit.evals.session import open_session
 from lorakit.models.load import load_model, load_tokenizer
@@ -49,6 +52,40 @@ SAMPLES = [
 ]
 
 
+def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
+    return find_template(tokenizer)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, sample: Sample) -> Row:
+    (row,), _ = encode_all(tokenizer, [sample], Policy(2048), template_of(tokenizer))
+    return row
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[tuple[Message, ...]],
+    **settings: Any,
+) -> list[str]:
+    ids = [prompt_ids(tokenizer, Sample(prompt, ""), template_of(tokenizer)) for prompt in prompts]
+    return generation.generate(model, tokenizer, ids, stop=[tokenizer.eos_token_id], **settings)
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: Sequence[Sample],
+    *,
+    cutoff_len: int,
+    **settings: Any,
+) -> Evaluation:
+    template, answers = template_of(tokenizer), "max_new_tokens" in settings
+    held_out = evaluation.hold_out(
+        tokenizer, samples, template=template, cutoff_len=cutoff_len, answers=answers
+    )
+    return evaluation.evaluate(model, tokenizer, held_out, **settings)
+
+
 class TestGenerate:
     def test_the_head_gets_contiguous_input(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -67,7 +104,7 @@ class TestGenerate:
         """Each answer by plain argmax over the whole text so far: no batch, no padding, no cache."""
         answers = []
         for prompt in PROMPTS:
-            ids = tokenizer(render(tokenizer, prompt, ask=True), return_tensors="pt").input_ids
+            ids = tokenizer(template_of(tokenizer).render(prompt, ask=True), return_tensors="pt").input_ids
             length = ids.shape[1]
             for _ in range(12):
                 with torch.no_grad():
@@ -192,9 +229,10 @@ class TestEvaluate:
     def test_rows_beyond_the_cutoff(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         short = len(encode(tokenizer, SAMPLES[1]).ids)
         found = evaluate(model, tokenizer, SAMPLES[:2], cutoff_len=short, batch_size=2)
-        assert (found.rows, found.data.dropped) == (1, 1)
-        with pytest.raises(DataError, match="1 of 1 lost their whole answer"):
-            evaluate(model, tokenizer, SAMPLES[:1], cutoff_len=short, batch_size=2)
+        assert (found.rows, found.data.truncated) == (2, 1)
+        silent = Sample((Message("user", "a"), Message("assistant", "b", train=False)), "rows.jsonl:1")
+        with pytest.raises(DataError, match="1 carry no loss"):
+            evaluate(model, tokenizer, [silent], cutoff_len=short, batch_size=2)
 
 
 SYSTEM = "Answer in JSON."
@@ -256,6 +294,20 @@ class TestSession:
         assert session.conversation("Hi", "Be kind.") == (Message("system", "Be kind."), question)
         assert session.conversation("Hi", "") == (question,)
         assert open_session(str(tiny_llama)).conversation("Hi") == (question,)
+
+    def test_the_adapter_brings_its_template(self, run_folder: Path, tmp_path: Path, tiny_llama: Path) -> None:
+        """Whatever the base's tokenizer says by then; a merged model gets it, too."""
+        folder = self.copy(run_folder, tmp_path / "adapter")
+        own = load_tokenizer(locate(str(tiny_llama)))
+        used = find_template(own, "vicuna", default_system="Be brief. ")
+        for name, text in used.files().items():
+            (folder / name).write_text(text, encoding="utf-8")
+        (folder / "lorakit.json").write_text(json.dumps({"system": None, "template": used.notes()}))
+        session = open_session(str(folder))
+        assert session.template == used
+        assert session.tokenizer.chat_template == used.source
+        assert session.template.render(session.conversation("Hi"), ask=True) == "Be brief. USER: Hi ASSISTANT:"
+        assert len(session.answer([session.conversation("Hi")], max_new_tokens=2)) == 1
 
     def copy(self, run_folder: Path, folder: Path, **changes: object) -> Path:
         folder.mkdir()

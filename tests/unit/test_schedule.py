@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from lorakit.training.order import epoch_order, total_steps, updates
+from lorakit.training.order import Grouping, epoch_order, total_steps, updates
 from lorakit.training.schedule import learning_rate, warmup_steps
 
 
@@ -71,21 +71,23 @@ class TestOrder:
         assert epoch_order(64, 1, 0) == first
 
     def test_the_last_update_of_an_epoch_is_what_is_left(self) -> None:
-        got = list(updates(rows=10, per_update=4, steps=6, seed=0))
-        assert [len(update) for update in got] == [4, 4, 2, 4, 4, 2]
+        got = list(updates([5] * 10, Grouping(size=2, accumulation=2), steps=6, seed=0))
+        assert [[len(batch) for batch in update] for update in got] == [[2, 2], [2, 2], [2]] * 2
         for epoch in (0, 1):
-            assert tuple(itertools.chain(*got[3 * epoch : 3 * epoch + 3])) == epoch_order(10, 0, epoch)
+            batches = itertools.chain(*got[3 * epoch : 3 * epoch + 3])
+            assert tuple(itertools.chain(*batches)) == epoch_order(10, 0, epoch)
 
     def test_fewer_rows_than_an_update_takes(self) -> None:
-        assert [sorted(u) for u in updates(rows=2, per_update=8, steps=3, seed=0)] == [[0, 1]] * 3
+        got = updates([5, 5], Grouping(size=4, accumulation=2), steps=3, seed=0)
+        assert [[sorted(batch) for batch in update] for update in got] == [[[0, 1]]] * 3
 
     @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
     def test_as_many_updates_as_asked_for(self, steps: int) -> None:
-        assert len(list(updates(rows=5, per_update=2, steps=steps, seed=0))) == steps
+        assert len(list(updates([7] * 5, Grouping(size=1, accumulation=2), steps=steps, seed=0))) == steps
 
     @pytest.mark.parametrize(
         ("epochs", "max_steps", "expected"),
         [(1, None, 3), (3, None, 9), (0.5, None, 2), (0.01, None, 1), (1.5, None, 5), (3, 2, 2), (1, 100, 100)],
     )
     def test_total_steps(self, epochs: float, max_steps: int | None, expected: int) -> None:
-        assert total_steps(10, 4, epochs=epochs, max_steps=max_steps) == expected
+        assert total_steps(3, epochs=epochs, max_steps=max_steps) == expected

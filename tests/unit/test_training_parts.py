@@ -12,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from lorakit.models.sources import locate
 from lorakit.ops.loss import IGNORE
 from lorakit.training.loop import Hooks, Plan, fit
 from lorakit.training.optim import adamw
-from lorakit.training.order import updates
+from lorakit.training.order import Grouping, updates
 from lorakit.training.signals import StopRequest
 from lorakit.training.step import check_gradients_arrive, train_step
 
@@ -192,12 +193,13 @@ class TestGradientsArrive:
         assert all(p.grad is None for p in model.parameters())
 
 
-def plan(**changes: int | float | str | None) -> Plan:
-    numbers: dict[str, int | float | str | None] = {
-        "steps": 6, "micro_batch": 2, "accumulation": 2, "schedule": "linear", "learning_rate": 1e-3,
-        "warmup": 2, "max_grad_norm": 1.0, "seed": 3, "logging_steps": 4, "save_steps": 2,
+def plan(**changes: Any) -> Plan:
+    numbers: dict[str, Any] = {
+        "steps": 6, "grouping": Grouping(2, 2), "updates_per_epoch": 3, "schedule": "linear",
+        "learning_rate": 1e-3, "warmup": 2, "max_grad_norm": 1.0, "seed": 3, "logging_steps": 4,
+        "save_steps": 2,
     }  # fmt: skip
-    return Plan(**numbers | changes)  # type: ignore[arg-type]
+    return Plan(**numbers | changes)
 
 
 class Told:
@@ -238,7 +240,10 @@ class TestLoop:
         assert last["loss"] == pytest.approx(sum(told.losses[4:]) / 2, rel=1e-12)
         assert (first["learning_rate"], last["learning_rate"]) == (numbers.rate(3), numbers.rate(5))
         assert optimizer.param_groups[0]["lr"] == numbers.rate(5) == pytest.approx(0.25e-3)
-        lengths = [[len(rows[i].ids) for i in update] for update in updates(10, 4, 6, seed=3)]
+        lengths = [
+            [len(rows[i].ids) for batch in update for i in batch]
+            for update in updates([1] * 10, Grouping(2, 2), 6, seed=3)
+        ]
         assert (first["tokens"], last["tokens"]) == (sum(map(sum, lengths[:4])), sum(map(sum, lengths)))
         assert (first["epoch"], last["epoch"]) == (pytest.approx(4 / 3, abs=1e-4), 2.0)
         assert last["grad_norm"] > 0 and last["tokens_per_second"] > 0 and last["memory_gb"] > 0

@@ -68,8 +68,12 @@ def save_adapter(
     base_model: str = "",
     revision: str | None = None,
     notes: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
 ) -> Path:
     """Write the adapter ``name`` as a PEFT folder, or one file if ``path`` ends in .pth; all of it or nothing.
+
+    ``notes`` go into ``lorakit.json`` beside it, for what PEFT's description has no key for; ``texts`` are
+    further files of the folder by their names.
 
     Raises:
         AdapterMismatchError: a tensor is not finite; such an adapter is never written.
@@ -78,11 +82,11 @@ def save_adapter(
     _check_finite(tensors, "the model")
     description = to_peft(model, name, base_model=base_model, revision=revision)
     stored = StoredAdapter(description, tensors, _notes(model, name) | dict(notes or {}), path, path)
-    write_stored(stored, path)
+    write_stored(stored, path, texts or {})
     return path
 
 
-def write_stored(stored: StoredAdapter, path: Path) -> None:
+def write_stored(stored: StoredAdapter, path: Path, texts: Mapping[str, str]) -> None:
     """Write an adapter as it stands: a PEFT folder, or one file if ``path`` ends in .pth or .pt."""
     if path.suffix in PLAIN:
         about = {"adapter_config": stored.description, "notes": stored.notes}
@@ -93,6 +97,8 @@ def write_stored(stored: StoredAdapter, path: Path) -> None:
         save_file(stored.tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
         write_json(stage / CONFIG_FILE, stored.description)
         write_json(stage / NOTES_FILE, stored.notes)
+        for file, text in texts.items():
+            (stage / file).write_text(text, encoding="utf-8")
 
 
 def read_stored(path: Path) -> StoredAdapter:

@@ -16,7 +16,7 @@ _PACKAGES = ("lorakit", "torch", "transformers", "safetensors", "tokenizers", "p
 def env(as_json: bool) -> None:
     """Print the machine, the number formats it computes in, and the versions of the packages that matter."""
     from lorakit import hardware
-    from lorakit.models.pypi import cache_folder
+    from lorakit.files import cache_folder
 
     formats = [name for name in ("fp32", "bf16", "fp16") if hardware.supports(name)]
     facts = {**hardware.summary(), "computes_in": ", ".join(formats), "cache": str(cache_folder())}

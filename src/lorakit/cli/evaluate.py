@@ -12,7 +12,7 @@ from lorakit.cli.show import emit
 @click.argument("model")
 @click.argument("data", nargs=-1, required=True, type=click.Path())
 @base_options
-@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first rows of each file.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Only the first rows of each of DATA.")
 @click.option("--cutoff-len", type=click.IntRange(min=16), default=2048, show_default=True)
 @click.option("--batch-size", type=click.IntRange(min=1), default=50, show_default=True)
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=256, show_default=True)
@@ -37,18 +37,25 @@ def evaluate(
     \b
     lorakit evaluate runs/addresses data/test.jsonl
     """
-    from lorakit.data.formats import read_samples
+    from lorakit.data.reading import read_samples
     from lorakit.evals.evaluate import evaluate as score
+    from lorakit.evals.evaluate import hold_out
     from lorakit.evals.session import open_session
     from lorakit.log import logger
 
-    samples = read_samples(data, max_samples)
+    samples = read_samples(data, max_samples=max_samples).samples
     session = open_session(model, base=base, check_base=not any_base)
+    held_out = hold_out(
+        session.tokenizer,
+        samples,
+        template=session.template,
+        cutoff_len=cutoff_len,
+        answers=not no_generate,
+    )
     result = score(
         session.model,
         session.tokenizer,
-        samples,
-        cutoff_len=cutoff_len,
+        held_out,
         batch_size=batch_size,
         max_new_tokens=None if no_generate else max_new_tokens,
         on_batch=lambda done, total: logger.info("%d/%d rows", done, total),

@@ -52,12 +52,11 @@ def generate(
     )
     if not questions:
         raise UsageError("there is no prompt", remedy="give it as an argument or on standard input")
-    from lorakit.evals.generate import generate as answer
     from lorakit.evals.session import open_session
 
     session = open_session(model, base=base, check_base=not any_base)
     conversations = [session.conversation(question, system) for question in questions]
-    answers = answer(session.model, session.tokenizer, conversations, max_new_tokens=max_new_tokens)
+    answers = session.answer(conversations, max_new_tokens=max_new_tokens)
     if as_json:
         emit([{"prompt": q, "answer": a} for q, a in zip(questions, answers, strict=True)], as_json)
     else:
@@ -78,7 +77,6 @@ def chat(model: str, base: str | None, any_base: bool, system: str | None, max_n
 
 def _converse(session: Session, system: str | None, max_new_tokens: int) -> None:
     from lorakit.data.sample import Message
-    from lorakit.evals.generate import generate as answer
 
     turns: tuple[Message, ...] = ()
     while True:
@@ -90,6 +88,6 @@ def _converse(session: Session, system: str | None, max_new_tokens: int) -> None
             turns = ()
             continue
         turns = (*turns, Message("user", question)) if turns else session.conversation(question, system)
-        (text,) = answer(session.model, session.tokenizer, [turns], max_new_tokens=max_new_tokens)
+        (text,) = session.answer([turns], max_new_tokens=max_new_tokens)
         turns = (*turns, Message("assistant", text))
         click.echo(text)

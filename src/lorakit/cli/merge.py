@@ -45,8 +45,11 @@ def merge(
     """
     from lorakit.checkpoint.export import export_merged
     from lorakit.checkpoint.peft_format import find_adapter
-    from lorakit.data.formats import read_samples
-    from lorakit.evals.certificate import PROMPTS, certify, encode_inputs, logits
+    from lorakit.data.encode import encode_all, prompt_ids
+    from lorakit.data.reading import read_samples
+    from lorakit.data.rendering import Policy
+    from lorakit.data.sample import Sample
+    from lorakit.evals.certificate import PROMPTS, certify, logits
     from lorakit.evals.session import open_session
     from lorakit.files import write_json
     from lorakit.log import logger
@@ -55,9 +58,13 @@ def merge(
 
     if find_adapter(Path(adapter)) is None:
         raise ModelError(f"{adapter} is neither an adapter folder nor a run directory that holds one")
-    rows = [sample.messages for sample in read_samples([inputs], 20)] if inputs else None
+    samples = read_samples([inputs], max_samples=20).samples if inputs else []
     session = open_session(adapter, base=base, precision="fp32", merge=False, check_base=not any_base)
-    texts = encode_inputs(session.tokenizer, rows or [session.conversation(prompt) for prompt in PROMPTS])
+    if samples:
+        texts = [r.ids for r in encode_all(session.tokenizer, samples, Policy(512), session.template)[0]]
+    else:
+        asked = [Sample(session.conversation(prompt), "prompt") for prompt in PROMPTS]
+        texts = [tuple(prompt_ids(session.tokenizer, sample, session.template)) for sample in asked]
     adapted = logits(session.model, texts)
     with quiet():
         folder = export_merged(session.model, session.tokenizer, Path(out), dtype=DTYPES[dtype])

@@ -26,11 +26,10 @@ _OFF = (False,)
 _QUANTISED = "the base is not quantised; remove the quantisation keys"
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 _GPUS = "a run uses one process; remove the key"
-_LOADER = "rows are encoded once and held in memory, there are no loading workers; remove the key"
+_LOADER = "encoded rows are mapped from disk, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
 _SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
 _EVALUATION = "evaluation runs after training, and before it with eval_on_start"
-_MIXING = "datasets are joined one after the other and shuffled"
 _MODEL_EDIT = "the model is used as its own configuration describes it"
 _FREEZE = "only adapters are trained"
 _FULL_PRECISION = "bf16, fp16 or neither chooses the precision"
@@ -39,34 +38,17 @@ _KERNEL = "the built-in operations are always used"
 
 UNBUILT: dict[str, Unbuilt] = {
     # Data
-    "template": Unbuilt(("auto",), "the tokenizer's own chat template is used; remove the key or write auto"),
-    "packing": Unbuilt(_OFF, "rows are never joined into one sequence"),
-    "neat_packing": Unbuilt(_OFF, "rows are never joined into one sequence"),
-    "train_on_prompt": Unbuilt(_OFF, "only the assistant's tokens carry loss"),
-    "mask_history": Unbuilt(_OFF, "all turns of the assistant carry loss"),
-    "val_size": Unbuilt((0, 0.0), "give the held-out rows as eval_dataset"),
     "eval_num_beams": Unbuilt((1,), "generation is greedy"),
-    "streaming": Unbuilt(_OFF, "rows are held in memory"),
-    "buffer_size": Unbuilt((16384,), "it belongs to streaming; remove the key"),
-    "mix_strategy": Unbuilt(("concat",), _MIXING),
-    "interleave_probs": Unbuilt((), _MIXING),
-    "tokenized_path": Unbuilt((), "rows are encoded anew in every run"),
+    "buffer_size": Unbuilt((16384,), "rows are shuffled as a whole; remove the key"),
     "data_seed": Unbuilt((), "seed fixes the order of the data, too"),
-    "preprocessing_num_workers": Unbuilt((1,), "rows are encoded in one process; remove the key"),
     "preprocessing_batch_size": Unbuilt((1000,), "it has no meaning here; remove the key"),
-    "overwrite_cache": Unbuilt((False, True), "rows are encoded anew in every run"),
-    "dataloader_num_workers": Unbuilt((0,), _LOADER),
     "dataloader_pin_memory": Unbuilt((False, True), _LOADER),
     "dataloader_prefetch_factor": Unbuilt((), _LOADER),
     "dataloader_drop_last": Unbuilt(_OFF, "every row is used"),
     "remove_unused_columns": Unbuilt((True,), "columns that are not needed are never read"),
-    "group_by_length": Unbuilt(_OFF, "rows come in shuffled order"),
     "disable_shuffling": Unbuilt(_OFF, "rows come in shuffled order"),
     "ignore_pad_token_for_loss": Unbuilt((True,), "padding never carries loss"),
     "eval_on_each_dataset": Unbuilt(_OFF, "all held-out rows are evaluated together"),
-    "tool_format": Unbuilt((), "tools are written by the tokenizer's own chat template"),
-    "default_system": Unbuilt((), "put the system message into the rows"),
-    "enable_thinking": Unbuilt((True,), "the tokenizer's own chat template decides"),
     "media_dir": Unbuilt((), "only text models are trained"),
     # Adapters
     "loraplus_lr_embedding": Unbuilt(
@@ -232,8 +214,13 @@ OTHER_NAMES: dict[str, str] = {
     "validation_file": "eval_dataset",
     "test_datasets": "eval_dataset",
     "max_seq_length": "cutoff_len",
+    "sample_packing": "packing",
+    "cache_path": "tokenized_path",
     "max_seq_len": "cutoff_len",
     "sequence_len": "cutoff_len",
+    "chat_template": "template",
+    "system_prompt": "default_system",
+    "excess_length_strategy": "long_rows",
     "output": "output_dir",
     "batch_size": "per_device_train_batch_size",
     "micro_batch_size": "per_device_train_batch_size",

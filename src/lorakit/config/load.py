@@ -191,11 +191,13 @@ def _describe(option: Mapping[str, Any]) -> str:
         return f"`{option['const']}`" if isinstance(option["const"], str) else _shown(option["const"])
     if "enum" in option:
         return "one of the allowed values"
-    kind = option["type"]
+    kind, item = option["type"], option.get("items", {}).get("type")
     if kind in ("integer", "number"):
         return f"{'a whole number' if kind == 'integer' else 'a number'}{_range(option)}"
-    if kind == "array" and option.get("items", {}).get("type") == "integer":
+    if kind == "array" and item == "integer":
         return "a list of whole numbers"
+    if kind == "array" and item == "number":
+        return "a number or list of numbers"
     return _KINDS.get(kind, "non-empty text")
 
 

@@ -6,9 +6,10 @@ The result, written as YAML, is an ordinary configuration that resolves to the s
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,9 @@ from lorakit.config.source import Setting, near_names
 _PLAIN_TEXT = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
 _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # YAML 1.1's, too
 _COMMENT_COLUMN = 60
+_HUB_DATA = re.compile(r"\w[\w-]*/\w[\w-]*(\.\d[\w-]*)*", re.ASCII)  # owner/name, without a file's suffix
+_REGISTRY = "dataset_info.json"
+_OTHER_SPELLINGS = ("disable_gradient_checkpointing", "neat_packing")  # of values that stand elsewhere
 
 
 class Resolved(TrainConfig):
@@ -36,6 +40,8 @@ class Resolved(TrainConfig):
     lora_alpha: float
     dataset_dir: str
     do_eval: bool
+    packing: bool
+    neat_packing: None = None
     bf16: bool
     fp16: bool
     disable_gradient_checkpointing: None = None
@@ -50,7 +56,7 @@ class Resolved(TrainConfig):
         lines = [
             (f"{key}: {_scalar(values[key])}", self.origins[key])
             for key in TrainConfig.model_fields
-            if key != "disable_gradient_checkpointing"
+            if key not in _OTHER_SPELLINGS
         ]
         column = min(max(len(line) for line, _ in lines), _COMMENT_COLUMN)
         return "".join(f"{line:<{column}}  # {printable(origin)}\n" for line, origin in lines)
@@ -71,12 +77,18 @@ def resolve(run: Run) -> Resolved:
     if config.lora_alpha is None:
         values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"
     if config.do_eval is None:
-        values["do_eval"] = config.eval_dataset is not None
-        origins["do_eval"] = f"derived: eval_dataset is {'' if values['do_eval'] else 'not '}given"
+        values["do_eval"] = config.eval_dataset is not None or config.val_size > 0
+        cause = "val_size" if config.val_size > 0 else "eval_dataset"
+        origins["do_eval"] = f"derived: {cause} is {'' if values['do_eval'] else 'not '}given"
     if config.disable_gradient_checkpointing is not None and not config.gradient_checkpointing:
         values["gradient_checkpointing"] = not config.disable_gradient_checkpointing
         origins["gradient_checkpointing"] = origins["disable_gradient_checkpointing"]
     values["disable_gradient_checkpointing"] = None
+    values |= {"packing": bool(config.packing or config.neat_packing), "neat_packing": None}
+    if config.neat_packing is not None and config.packing is None:
+        origins["packing"] = origins["neat_packing"]
+    if config.max_tokens_per_batch is not None:
+        origins["per_device_train_batch_size"] += ", unused: max_tokens_per_batch wins"
     if config.max_steps is not None:
         origins["num_train_epochs"] += ", unused: max_steps wins"
     if config.warmup_ratio > 0 and config.warmup_steps == 0:
@@ -101,10 +113,12 @@ def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) ->
     else:
         origins["dataset_dir"] = f"derived: folder of {run.file.name}" if run.file else "derived: base_dir"
     values["dataset_dir"] = str(data_folder)
+    if run.config.tokenized_path is not None:
+        values["tokenized_path"] = str(_absolute(run.config.tokenized_path, settings["tokenized_path"].base))
     for key in ("dataset", "eval_dataset"):
         if values[key] is not None:
             base = settings[key].base if run.config.dataset_dir is None else data_folder
-            values[key] = tuple(str(_absolute(path, base)) for path in values[key])
+            values[key] = tuple(_data_name(name, base, data_folder) for name in values[key])
 
     setting = settings["model_name_or_path"]
     path = _absolute(run.config.model_name_or_path, setting.base)
@@ -113,6 +127,23 @@ def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) ->
     elif _looks_like_path(run.config.model_name_or_path):
         return [_no_model(setting, path)]
     return []
+
+
+def _data_name(name: str, base: Path, data_folder: Path) -> str:
+    """Names in the registry and names that only the hub can know stay as they are; a path becomes absolute."""
+    path = _absolute(name, base)
+    if name in _registered(data_folder) or (_HUB_DATA.fullmatch(name) and not _exists(path)):
+        return name
+    return str(path)
+
+
+def _registered(folder: Path) -> Set[str]:
+    """The names in ``dataset_info.json``; what is wrong with that file is told when the rows are read."""
+    try:
+        entries = json.loads((folder / _REGISTRY).read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError):
+        return frozenset()
+    return entries.keys() if isinstance(entries, dict) else frozenset()
 
 
 def _no_model(setting: Setting, path: Path) -> Problem:
@@ -175,7 +206,7 @@ def _scalar(value: Any) -> str:
     if isinstance(value, str):
         return _quoted(value)
     if isinstance(value, tuple):
-        return f"[{', '.join(_quoted(item) for item in value)}]"
+        return f"[{', '.join(_scalar(item) for item in value)}]"
     return repr(value)
 
 

@@ -18,6 +18,10 @@ class Rule:
     hint: str
 
 
+def _holds_out(run: TrainConfig) -> bool:
+    return run.eval_dataset is not None or run.val_size > 0
+
+
 CONTRADICTIONS = (
     Rule(
         ("use_adalora", "use_dora"),
@@ -80,20 +84,86 @@ CONTRADICTIONS = (
         "keep one of them",
     ),
     Rule(
+        ("train_on_prompt", "mask_history"),
+        lambda run: run.train_on_prompt and run.mask_history,
+        "`train_on_prompt` adds loss to the history that `mask_history` takes away",
+        "keep one of them",
+    ),
+    Rule(
+        ("tool_format", "template"),
+        lambda run: run.tool_format is not None and run.template == "auto",
+        "`tool_format` has no effect on the tokenizer's own template, which words tools itself",
+        "remove it, or name a `template`",
+    ),
+    Rule(
+        ("packing", "neat_packing"),
+        lambda run: run.packing is False and bool(run.neat_packing),
+        "`packing` is false but `neat_packing` is true",
+        "keep one of them",
+    ),
+    Rule(
+        ("packing", "neat_packing", "group_by_length"),
+        lambda run: bool(run.packing or run.neat_packing) and run.group_by_length,
+        "packed rows cannot be grouped by length: the long and the short share a sequence",
+        "keep one of them",
+    ),
+    Rule(
+        ("packing", "neat_packing", "max_tokens_per_batch"),
+        lambda run: bool(run.packing or run.neat_packing) and run.max_tokens_per_batch is not None,
+        "with packing, a batch has cutoff_len × per_device_train_batch_size tokens already",
+        "remove `max_tokens_per_batch`, or packing",
+    ),
+    Rule(
+        ("max_tokens_per_batch", "cutoff_len"),
+        lambda run: run.max_tokens_per_batch is not None and run.max_tokens_per_batch < run.cutoff_len,
+        "`max_tokens_per_batch` is less than `cutoff_len`: the longest row would not fit into a batch",
+        "raise `max_tokens_per_batch`, or lower `cutoff_len`",
+    ),
+    Rule(
+        ("val_size", "eval_dataset"),
+        lambda run: run.val_size > 0 and run.eval_dataset is not None,
+        "`val_size` and `eval_dataset` both say which rows are held out",
+        "keep one of them",
+    ),
+    Rule(
+        ("val_size",),
+        lambda run: run.val_size >= 1 and not run.val_size.is_integer(),
+        "`val_size` is neither a share below 1 nor a whole number of rows",
+        "write 0.1 for a tenth of the rows, 100 for a hundred rows",
+    ),
+    Rule(
+        ("interleave_probs", "mix_strategy"),
+        lambda run: run.interleave_probs is not None and run.mix_strategy == "concat",
+        "`interleave_probs` has no meaning when data sets come one after the other",
+        "write `mix_strategy: interleave_under`, or remove the key",
+    ),
+    Rule(
+        ("interleave_probs", "dataset"),
+        lambda run: run.interleave_probs is not None and len(run.interleave_probs) != len(run.dataset),
+        "`interleave_probs` needs one number for each data set of `dataset`",
+        "give as many as there are data sets",
+    ),
+    Rule(
+        ("interleave_probs",),
+        lambda run: run.interleave_probs is not None and not any(run.interleave_probs),
+        "`interleave_probs` are all zero",
+        "give at least one of them a share",
+    ),
+    Rule(
         ("do_eval", "eval_dataset"),
-        lambda run: bool(run.do_eval) and run.eval_dataset is None,
+        lambda run: bool(run.do_eval) and not _holds_out(run),
         "`do_eval` is true but there is no `eval_dataset`",
         "add `eval_dataset: held-out.jsonl`",
     ),
     Rule(
         ("eval_on_start", "eval_dataset"),
-        lambda run: run.eval_on_start and run.eval_dataset is None,
+        lambda run: run.eval_on_start and not _holds_out(run),
         "`eval_on_start` is true but there is no `eval_dataset`",
         "add `eval_dataset: held-out.jsonl`",
     ),
     Rule(
         ("predict_with_generate", "eval_dataset"),
-        lambda run: run.predict_with_generate and run.eval_dataset is None,
+        lambda run: run.predict_with_generate and not _holds_out(run),
         "`predict_with_generate` is true but there is no `eval_dataset`",
         "add `eval_dataset: held-out.jsonl`",
     ),

@@ -6,9 +6,14 @@ The names are LLaMA-Factory's, so that its files run here. A value is never coer
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from lorakit.config.names import LongRows, TemplateName, ToolFormat
+
+_NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
 
 def _split(value: Any) -> Any:
@@ -31,6 +36,14 @@ def _numbers(value: Any) -> Any:
     return (value,) if type(value) is int else tuple(value) if isinstance(value, list) else value
 
 
+def _split_numbers(value: Any) -> Any:
+    """``0.7, 0.3`` and ``[0.7, 0.3]`` are the same list; what is no number stays text, and is refused."""
+    parts = (value,) if type(value) in (int, float) else _split(value)
+    if not isinstance(parts, tuple):
+        return parts
+    return tuple(float(part) if isinstance(part, str) and _NUMBER.fullmatch(part) else part for part in parts)
+
+
 def _endless(value: Any) -> Any:
     """-1 is what the Hugging Face trainer writes for "as many steps as the epochs give"."""
     return None if type(value) is int and value == -1 else value
@@ -42,6 +55,7 @@ Paths = Annotated[Names, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
 STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora"
 Start = Annotated[str, Field(pattern=rf"^({STARTS}|pissa_niter_[0-9]{{1,3}})$")]
+Shares = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -112,15 +126,59 @@ class TrainConfig(BaseModel):
     """Updates between two choices of the ranks to keep."""
 
     dataset: Paths
-    """Files or folders with training rows (JSON or JSONL)."""
+    """Training rows: files, folders, patterns, names in dataset_info.json, or hub data sets."""
     dataset_dir: Text | None = None
-    """Where relative dataset paths start; the configuration's folder if left out."""
+    """Where relative dataset paths and dataset_info.json are; the configuration's folder if left out."""
     eval_dataset: Paths | None = None
-    """Files or folders with held-out rows."""
+    """Held-out rows, named in the same ways."""
+    val_size: Annotated[float, Field(ge=0)] = 0.0
+    """Hold out this share of the training rows (below 1) or this number of them."""
     max_samples: Count | None = None
-    """Use at most this many rows of each file."""
+    """Use at most this many rows of each data set."""
+    mix_strategy: Literal["concat", "interleave_under", "interleave_over"] = "concat"
+    """Data sets one after the other, or in turns until the shortest (under) or longest (over) is used up."""
+    interleave_probs: Annotated[Shares | None, BeforeValidator(_split_numbers)] = None
+    """How often each data set has its turn; alike if left out."""
+    streaming: bool = False
+    """Fetch rows of hub data sets as they are needed, not whole data sets first."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Stop at a row that cannot be used, or skip it."""
+    max_bad_rows: Fraction = 0.05
+    """Share of the rows of a data set that may be skipped."""
     cutoff_len: Annotated[int, Field(ge=16, le=1_048_576)] = 2048
     """Longest sequence in tokens."""
+    long_rows: LongRows = "truncate"
+    """What becomes of longer rows: cut so that an answer stays, dropped, or split into several."""
+
+    template: TemplateName = "auto"
+    """Conversation format: the tokenizer's own (auto), or a family's."""
+    default_system: Annotated[str, Field(pattern=r"^[^\x00]*$")] | None = None
+    """System message of conversations that bring none; empty for none at all."""
+    enable_thinking: bool | None = None
+    """Whether templates with reasoning open it; they decide themselves if left out."""
+    tool_format: ToolFormat | None = None
+    """How a named template words tools, if not in its own way."""
+    train_on_prompt: bool = False
+    """Let everything carry loss, not the answers alone."""
+    mask_history: bool = False
+    """Of several answers, let only the last one carry loss."""
+
+    packing: bool | None = None
+    """Join rows into sequences of up to cutoff_len tokens, none of which sees another; a batch counts these."""
+    neat_packing: bool | None = None
+    """The same, as LLaMA-Factory writes it: packed rows never see each other here."""
+    group_by_length: bool = False
+    """Put rows of like length into one batch."""
+    max_tokens_per_batch: Count | None = None
+    """Tokens in one forward pass, padding counted, instead of a number of rows; groups rows by length."""
+    preprocessing_num_workers: Count | None = None
+    """Processes that encode rows; as many as there are cores if left out."""
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    """Accepted for old files, without effect: encoded rows are mapped from disk, no worker is needed."""
+    overwrite_cache: bool = False
+    """Encode the rows anew, even if they are in the cache."""
+    tokenized_path: Text | None = None
+    """Folder that keeps encoded rows, instead of lorakit's cache."""
 
     output_dir: Text
     """Folder of the run: adapter, checkpoints, metrics, report."""

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 ROLES: tuple[str, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn."""
+    """One turn.
+
+    Attributes:
+        role: who speaks.
+        content: the text.
+        tool_calls: what the assistant asks for, as OpenAI writes it: ``{"name": …, "arguments": {…}}`` each.
+        train: whether the turn carries loss; None leaves it to the policy (assistant turns do).
+        thinking: reasoning that stands before the answer, for templates that know it.
+    """
 
     role: Role
     content: str
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    train: bool | None = None
+    thinking: str | None = None
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation of at least one assistant turn, and the place it was read from (``file:row``)."""
+    """A conversation of at least one assistant turn, and the place it was read from (``file:row``).
+
+    Attributes:
+        messages: the turns.
+        place: ``file:row``.
+        tools: descriptions of the tools that the assistant may call (JSON schema, as OpenAI writes them).
+        kind: chat is rendered by a template; completion is prompt and answer as they stand; text is all answer.
+        label: the class of a classification row.
+    """
 
     messages: tuple[Message, ...]
     place: str
+    tools: tuple[Mapping[str, Any], ...] = ()
+    kind: Literal["chat", "completion", "text"] = "chat"
+    label: str | None = None
 
     @property
     def prompt(self) -> tuple[Message, ...]:

@@ -1,88 +1,123 @@
-"""Rows from JSON and JSONL files. Every row keeps its place, so that an error can name it."""
+"""The files behind a name, and the rows in a file. Every row keeps its place, so that an error can name it."""
 
 from __future__ import annotations
 
 import difflib
-import json
-from collections.abc import Iterator, Sequence
+import glob
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO
 
+from lorakit.data.compression import SUFFIXES, open_bytes
+from lorakit.data.json_rows import json_rows, jsonl_rows
+from lorakit.data.raw import BOM, ROW_LIMIT, RawRow, not_utf8
+from lorakit.data.tables import csv_rows, parquet_rows
 from lorakit.errors import DataError
 
-SUFFIXES = (".jsonl", ".json")
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+REGISTRY = "dataset_info.json"
+
+_IN_FOLDERS = KINDS[:-1]  # a .txt in a folder is more often a note than a document
+_ARCHIVES = (".zip", ".tar", ".tgz", ".7z", ".rar")
 
 
-def find_files(paths: Sequence[str | Path]) -> list[Path]:
-    """The data files behind files and folders (a folder gives its JSON and JSONL files, by name)."""
-    files: list[Path] = []
-    for path in map(Path, paths):
-        if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix in SUFFIXES)
-            if not inside:
-                raise DataError("no .json or .jsonl file in this folder", place=str(path))
-            files += inside
-        elif not path.is_file():
-            raise DataError("no such file or folder", place=str(path), remedy=_near(path))
-        elif path.suffix not in SUFFIXES:
-            raise DataError(f"{path.suffix or 'no suffix'}: not a kind of file that is read", place=str(path),
-                            remedy=f"supported: {', '.join(SUFFIXES)}")  # fmt: skip
-        else:
-            files.append(path)
-    return files
+def kind_of(path: Path) -> str | None:
+    """The suffix that tells how a file is read, compression left out; None if it is not."""
+    packed = path.suffix in SUFFIXES
+    kind = Path(path.stem).suffix if packed else path.suffix
+    return kind if kind in KINDS and not (packed and kind == ".parquet") else None
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of one file with their places (``file:line`` in JSONL, ``file: row N`` in JSON).
+def find_files(path: str | Path) -> list[Path]:
+    """The data files behind a file, a folder (its own files by name, no deeper) or a pattern with ``*``.
 
     Raises:
-        DataError: not UTF-8, not JSON, not objects, or no row at all.
+        DataError: there is none, or its kind is not read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"not UTF-8 text (byte {error.start}: {error.object[error.start]:#04x})", place=str(path)
-        ) from error
-    except OSError as error:
-        raise DataError(f"cannot read: {error.strerror}", place=str(path)) from error
-    rows = _jsonl(path, text) if path.suffix == ".jsonl" else _json(path, text)
+    path = Path(path)
+    if path.is_dir():
+        inside = sorted(p for p in path.iterdir() if _is_data(p) and kind_of(p) in _IN_FOLDERS)
+        return inside or _nothing(
+            f"no {', '.join(_IN_FOLDERS[:-1])} or {_IN_FOLDERS[-1]} file in this folder", path
+        )
+    if not path.exists() and glob.has_magic(str(path)):
+        found = sorted(Path(name) for name in glob.iglob(str(path), recursive=True))  # noqa: PTH207 - the pattern may be absolute
+        return [p for p in found if p.is_file() and _is_data(p) and kind_of(p)] or _nothing(
+            "no data file has such a name", path
+        )
+    if not path.is_file():
+        raise DataError("no such file or folder", place=str(path), remedy=_near(path))
+    if kind_of(path) is None:
+        raise _not_read(path)
+    return [path]
+
+
+def raw_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of one file, good and bad, read in pieces.
+
+    Raises:
+        DataError: the file cannot be read at all, or holds no row.
+    """
     empty = True
-    for place, row in rows:
+    for row in _rows(path):
         empty = False
-        if not isinstance(row, dict):
-            raise DataError(f"a row must be a JSON object, not {type(row).__name__}", place=place)
-        yield place, row
+        yield row
     if empty:
         raise DataError("the file holds no rows", place=str(path))
 
 
-def _jsonl(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    # Not splitlines(): U+2028 and friends may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _parse(line, f"{path}:{number}")
+def _rows(path: Path) -> Iterator[RawRow]:
+    kind = kind_of(path)
+    if kind == ".parquet":
+        yield from parquet_rows(path)
+        return
+    with open_bytes(path) as stream:
+        match kind:
+            case ".jsonl":
+                yield from jsonl_rows(path, stream)
+            case ".json":
+                yield from json_rows(path, stream)
+            case ".txt":
+                yield from _document(path, stream)
+            case _:
+                yield from csv_rows(path, stream, "\t" if kind == ".tsv" else ",")
 
 
-def _json(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    value = _parse(text, str(path)) if text.strip() else []
-    if not isinstance(value, list):
+def _document(path: Path, stream: BinaryIO) -> Iterator[RawRow]:
+    """A text file is one document."""
+    data = stream.read(ROW_LIMIT + 1)
+    if len(data) > ROW_LIMIT:
         raise DataError(
-            "a .json file must hold a list of rows",
+            f"a document of more than {ROW_LIMIT // 2**20} MiB",
             place=str(path),
-            remedy="wrap the rows in [ ] or name the file .jsonl if it holds one object a line",
+            remedy='split it, or write {"text": …} rows into a .jsonl file',
         )
-    for number, row in enumerate(value, start=1):
-        yield f"{path}: row {number}", row
-
-
-def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        at = error.pos if isinstance(error, json.JSONDecodeError) else 0
-        snippet = text[max(at - 30, 0) : at + 30].replace("\n", " ")
-        raise DataError(f"not JSON: {error} near {snippet!r}", place=place) from error
+        text = data.removeprefix(BOM).decode("utf-8")
+    except UnicodeDecodeError as error:
+        start = len(data) - len(error.object)
+        yield RawRow(str(path), None, start + error.start, not_utf8(error, start))
+        return
+    if text.strip():
+        yield RawRow(str(path), {"text": text}, 0)
+
+
+def _is_data(path: Path) -> bool:
+    return path.name != REGISTRY and not path.name.startswith(".")
+
+
+def _nothing(message: str, path: Path) -> list[Path]:
+    raise DataError(message, place=str(path))
+
+
+def _not_read(path: Path) -> DataError:
+    if path.suffix in _ARCHIVES or path.name.endswith((".tar.gz", ".tar.zst")):
+        return DataError("archives are not read", place=str(path), remedy="unpack it and name the folder")
+    return DataError(
+        f"{''.join(path.suffixes[-2:]) or 'no suffix'}: not a kind of file that is read",
+        place=str(path),
+        remedy=f"supported: {', '.join(KINDS)}, and all but Parquet packed as {' or '.join(SUFFIXES)}",
+    )
 
 
 def _near(path: Path) -> str:

@@ -16,8 +16,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-from lorakit.files import write_text
-from lorakit.models.pypi import cache_folder, fetch
+from lorakit.files import cache_folder, write_text
+from lorakit.models.pypi import fetch
 
 INSTRUCTION = "Turn the US address into JSON."
 HELD_OUT = 200

@@ -9,11 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lorakit.data.sample import Message
-from lorakit.data.templates import render
-
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 PROMPTS = (
     "Write one sentence about the sea.",
@@ -43,19 +40,12 @@ class Certificate:
     top1_agreement: float
 
 
-def encode_inputs(
-    tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Sequence[Message]], cutoff_len: int = 512
-) -> list[Tensor]:
-    """Token ids [1, T] of each conversation, as the model is asked it, cut at ``cutoff_len``."""
-    texts = [render(tokenizer, messages, ask=messages[-1].role == "user") for messages in conversations]
-    return [torch.tensor([tokenizer.encode(t, add_special_tokens=False)[:cutoff_len]]) for t in texts]
-
-
 @torch.inference_mode()
-def logits(model: PreTrainedModel, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Float32 logits [T, V] of each input, on the CPU."""
+def logits(model: PreTrainedModel, inputs: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Float32 logits [T, V] of each input (token ids), on the CPU."""
     model.eval()
-    return [model(ids.to(model.device), use_cache=False).logits[0].float().cpu() for ids in inputs]
+    ids = [torch.tensor([each], device=model.device) for each in inputs]
+    return [model(one, use_cache=False).logits[0].float().cpu() for one in ids]
 
 
 def certify(adapted: Sequence[Tensor], merged: Sequence[Tensor]) -> Certificate:

@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.data.encode import DataSummary, Row, encode_all
+from lorakit.data.encode import DataSummary, Row, encode_all, prompt_ids
+from lorakit.data.probe import stop_ids
+from lorakit.data.rendering import Policy
 from lorakit.data.sample import Sample
+from lorakit.data.templates import Template
 from lorakit.evals.generate import generate
 from lorakit.evals.metrics import exact_match, field_scores, perplexity
 from lorakit.evals.objective import batch_loss, batching
@@ -39,34 +42,67 @@ class Evaluation:
         }
 
 
-def evaluate(
-    model: PreTrainedModel,
+@dataclass(frozen=True)
+class HeldOut:
+    """Samples made ready to be scored as often as needed.
+
+    Attributes:
+        samples: with the references.
+        rows: the same as tokens, cut to length.
+        data: what became of them.
+        prompts: what the model is asked with, if it is to answer.
+        stop: tokens that end an answer.
+    """
+
+    samples: Sequence[Sample]
+    rows: Sequence[Row]
+    data: DataSummary
+    prompts: Sequence[Sequence[int]]
+    stop: Sequence[int]
+
+
+def hold_out(
     tokenizer: PreTrainedTokenizerBase,
     samples: Sequence[Sample],
     *,
+    template: Template,
     cutoff_len: int,
-    batch_size: int,
-    max_new_tokens: int | None = None,
-    on_batch: Callable[[int, int], None] = lambda done, total: None,
-) -> Evaluation:
-    """Score ``model`` on ``samples``; answers are generated only if ``max_new_tokens`` is given.
+    answers: bool,
+) -> HeldOut:
+    """Render and encode ``samples``, for their loss and, with ``answers``, for generation.
 
     Raises:
         DataError: a sample that the chat template refuses, or no row left within ``cutoff_len``.
     """
-    rows, data = encode_all(tokenizer, samples, cutoff_len)
+    rows, data = encode_all(tokenizer, samples, Policy(cutoff_len), template)
+    prompts = [prompt_ids(tokenizer, sample, template) for sample in samples] if answers else []
+    return HeldOut(samples, rows, data, prompts, stop_ids(tokenizer, template) if answers else ())
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: HeldOut,
+    *,
+    batch_size: int,
+    max_new_tokens: int | None = None,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Score ``model``; answers are generated only if ``max_new_tokens`` is given."""
+    rows, data = held_out.rows, held_out.data
     loss = mean_loss(model, tokenizer, rows, batch_size)
     if max_new_tokens is None:
         return Evaluation(data.rows, loss, perplexity(loss), data)
     answers = generate(
         model,
         tokenizer,
-        [sample.prompt for sample in samples],
+        held_out.prompts,
+        stop=held_out.stop,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         on_batch=on_batch,
     )
-    references = [sample.reference for sample in samples]
+    references = [sample.reference for sample in held_out.samples]
     fields = field_scores(answers, references)
     return Evaluation(
         rows=data.rows,

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorakit.data.sample import Message
-from lorakit.data.templates import render
 from lorakit.models.patch import lean_head
 
 if TYPE_CHECKING:
@@ -18,23 +16,25 @@ if TYPE_CHECKING:
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[Message]],
+    prompts: Sequence[Sequence[int]],
     *,
+    stop: Sequence[int],
     max_new_tokens: int,
     batch_size: int = 8,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[str]:
-    """The model's answer to each conversation, special tokens left out, in the given order.
+    """The model's answer to each prompt (token ids), special tokens left out, in the given order.
 
-    Rows of similar length share a batch, padded on the left; ``on_batch(done, total)`` follows the progress.
+    An answer ends with any token of ``stop``, or with one that the model itself names. Rows of similar length
+    share a batch, padded on the left; ``on_batch(done, total)`` follows the progress.
     """
-    texts = [render(tokenizer, messages, ask=True) for messages in prompts]
-    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    answers = [""] * len(ids)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers = [""] * len(prompts)
+    own = model.generation_config.eos_token_id
+    ends = sorted({*stop, *([own] if isinstance(own, int) else own or ())})
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        outputs = _greedy(model, tokenizer, [ids[i] for i in chosen], max_new_tokens)
+        outputs = _greedy(model, tokenizer, [list(prompts[i]) for i in chosen], ends, max_new_tokens)
         for i, output in zip(chosen, outputs, strict=True):
             answers[i] = output
         on_batch(min(start + batch_size, len(order)), len(order))
@@ -43,7 +43,11 @@ def generate(
 
 @torch.no_grad()
 def _greedy(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]], max_new_tokens: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[list[int]],
+    ends: list[int],
+    max_new_tokens: int,
 ) -> list[str]:
     batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     was_training = model.training
@@ -56,6 +60,7 @@ def _greedy(
             temperature=None,
             top_p=None,
             top_k=None,
+            eos_token_id=ends,
             pad_token_id=tokenizer.pad_token_id,
         )
     model.train(was_training)

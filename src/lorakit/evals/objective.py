@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lorakit.data.collate import Batch, pack, pad
 from lorakit.data.encode import Row
+from lorakit.data.store import lengths_of
 from lorakit.models.patch import can_pack, packed
 from lorakit.ops.loss import cross_entropy_sum
 
@@ -24,7 +25,7 @@ def batching(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
 ) -> Iterator[Collate]:
     """Within the block, the function that turns rows into batches which this model takes."""
-    if can_pack(model, longest=max(len(row.ids) for row in rows)):
+    if can_pack(model, longest=max(lengths_of(rows))):
         with packed(model):
             yield lambda chosen: pack(chosen).to(model.device)
     else:

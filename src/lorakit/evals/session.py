@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +13,12 @@ from lorakit.checkpoint import binding
 from lorakit.checkpoint.peft_config import CONFIG_FILE
 from lorakit.checkpoint.peft_format import NOTES_FILE, find_adapter, load_adapter
 from lorakit.checkpoint.strict_json import read_object
-from lorakit.data.sample import Message
+from lorakit.data.encode import prompt_ids
+from lorakit.data.probe import stop_ids
+from lorakit.data.sample import Message, Sample
+from lorakit.data.templates import Template, find_template, kept_template
 from lorakit.errors import ModelError, UsageError
+from lorakit.evals.generate import generate
 from lorakit.hardware import Precision
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
 from lorakit.models.sources import ModelSource, locate
@@ -31,6 +35,7 @@ class Session:
     tokenizer: PreTrainedTokenizerBase
     source: ModelSource
     adapter: Path | None
+    template: Template  # the one that the adapter was trained with, or the tokenizer's own
     notes: Mapping[str, Any]  # what lorakit wrote beside the adapter
 
     @property
@@ -43,6 +48,13 @@ class Session:
         """One question, under ``system`` or else the message that the adapter was trained with."""
         system = self.system if system is None else system
         return (*((Message("system", system),) if system else ()), Message("user", prompt))
+
+    def answer(self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
+        """What the model says to each conversation, which ends with a question."""
+        samples = [Sample(tuple(messages), "prompt") for messages in conversations]
+        prompts = [prompt_ids(self.tokenizer, sample, self.template) for sample in samples]
+        stop = stop_ids(self.tokenizer, self.template)
+        return generate(self.model, self.tokenizer, prompts, stop=stop, max_new_tokens=max_new_tokens)
 
 
 def open_session(
@@ -77,17 +89,21 @@ def open_session(
         source, revision = _base_of(adapter)
     located = locate(source, revision)
     tokenizer = load_tokenizer(located)
+    notes = _notes(adapter) if adapter else {}
+    template = adapter and kept_template(tokenizer, adapter, _part(notes, "template"))
+    if check_base:
+        _check_text(notes, tokenizer, own_template=not template)
+    if template:
+        template.into(tokenizer)
+    else:
+        template = find_template(tokenizer)
     model = load_model(located, precision=precision or hardware.best_precision(), device=hardware.device())
     check_vocabulary(model, tokenizer)
-    if adapter is None:
-        return Session(model, tokenizer, located, None, {})
-    notes = read_object(adapter / NOTES_FILE) if (adapter / NOTES_FILE).exists() else {}
-    if check_base and isinstance(notes.get("text"), dict):
-        binding.check_text(notes["text"], tokenizer)
-    load_adapter(model, adapter, check_base=check_base)
-    if merge:
-        merge_adapters(model)
-    return Session(model, tokenizer, located, adapter, notes)
+    if adapter is not None:
+        load_adapter(model, adapter, check_base=check_base)
+        if merge:
+            merge_adapters(model)
+    return Session(model, tokenizer, located, adapter, template, notes)
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:
@@ -98,3 +114,19 @@ def _base_of(adapter: Path) -> tuple[str, str | None]:
             "the adapter does not name its base model", place=str(adapter), remedy="add --base MODEL"
         )
     return name, revision if isinstance(revision, str) else None
+
+
+def _notes(adapter: Path) -> dict[str, Any]:
+    """What lorakit wrote beside the adapter; an adapter from elsewhere has no such notes."""
+    return read_object(adapter / NOTES_FILE) if (adapter / NOTES_FILE).exists() else {}
+
+
+def _part(notes: Mapping[str, Any], key: str) -> dict[str, Any]:
+    part = notes.get(key)
+    return part if isinstance(part, dict) else {}
+
+
+def _check_text(notes: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, own_template: bool) -> None:
+    """Refuse another vocabulary and, if the adapter does not bring its template, another chat template."""
+    recorded = _part(notes, "text")
+    binding.check_text({k: v for k, v in recorded.items() if own_template or k != "chat_template"}, tokenizer)

@@ -12,9 +12,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lorakit.errors import ModelError
-from lorakit.files import sha256_file, staged_folder
+from lorakit.files import cache_folder, exclusive, sha256_file, staged_folder
 from lorakit.log import logger
-from lorakit.models.pypi import cache_folder, exclusive
 from lorakit.models.quiet import quiet
 
 _MAGIC = b"GGUF"

@@ -6,45 +6,17 @@ and certificates. pip is given the sha256, so that nothing of a wrong archive ev
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import FileLock
-
-from lorakit.errors import ModelError, StorageError
-from lorakit.files import sha256_file, write_text, write_with
+from lorakit.errors import ModelError
+from lorakit.files import exclusive, sha256_file, write_text, write_with
 from lorakit.log import logger
-
-
-def cache_folder() -> Path:
-    """Where fetched and converted files are kept: ``LORAKIT_CACHE``, else ``~/.cache/lorakit``."""
-    return Path(os.environ.get("LORAKIT_CACHE") or "~/.cache/lorakit").expanduser()
-
-
-@contextlib.contextmanager
-def exclusive(path: Path) -> Iterator[None]:
-    """Let one process at a time make ``path``; the others wait."""
-    lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except OSError as error:
-        raise StorageError(
-            f"cannot use the cache {path.parent}: {error.strerror or error}",
-            remedy="set LORAKIT_CACHE to a folder that can be written",
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def fetch(requirement: str, filename: str, sha256: str, *, folder: Path, source_only: bool = False) -> Path:

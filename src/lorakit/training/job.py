@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,16 +13,22 @@ from lorakit import hardware
 from lorakit.adapters.attach import adapter_layers, attach, count_parameters
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.config.resolve import Resolved
-from lorakit.data.encode import DataSummary, Row, encode_all
-from lorakit.data.formats import read_samples
-from lorakit.data.sample import Sample, shared_system
+from lorakit.data.encode import DataSummary, Row
+from lorakit.data.prepare import Encoder
+from lorakit.data.store import lengths_of
+from lorakit.data.templates import Template
+from lorakit.errors import ModelError
+from lorakit.evals.evaluate import HeldOut, hold_out
 from lorakit.evals.objective import batching
 from lorakit.log import logger
 from lorakit.lowrank.budget import RankSchedule
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.patch import can_pack
 from lorakit.models.sources import ModelSource, locate
 from lorakit.training.loop import Plan
-from lorakit.training.order import total_steps
+from lorakit.training.order import Grouping, total_steps
+from lorakit.training.reading import policy_of, template_of
+from lorakit.training.rows import run_rows
 from lorakit.training.schedule import warmup_steps
 from lorakit.training.step import check_gradients_arrive
 
@@ -36,9 +43,10 @@ class Job:
     settings: Resolved
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    rows: list[Row]
+    template: Template
+    rows: Sequence[Row]
     data: DataSummary
-    held_out: list[Sample]
+    held_out: HeldOut | None
     system: str | None  # the system message that all training rows share
     source: ModelSource
     plan: Plan
@@ -50,11 +58,18 @@ def build(settings: Resolved) -> Job:
     The adapter's B is zero, so that the model still answers as the base does, bit for bit.
     """
     torch.manual_seed(settings.seed)
-    samples = read_samples(settings.dataset, settings.max_samples)
-    held_out = read_samples(settings.eval_dataset, settings.max_samples) if settings.eval_dataset else []
     source = locate(settings.model_name_or_path, settings.model_revision)
     tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
-    rows, data = encode_all(tokenizer, samples, settings.cutoff_len)
+    template = template_of(settings, tokenizer)
+    found = run_rows(settings, Encoder(tokenizer, template, policy_of(settings)))
+    rows, data = found.training.rows, found.training.data
+    held_out = found.held_out and hold_out(
+        tokenizer,
+        found.held_out,
+        template=template,
+        cutoff_len=settings.cutoff_len,
+        answers=settings.predict_with_generate,
+    )
     model = load_model(
         source,
         precision=settings.precision,
@@ -62,10 +77,16 @@ def build(settings: Resolved) -> Job:
         trust_remote_code=settings.trust_remote_code,
     )
     check_vocabulary(model, tokenizer)
-    plan = _plan(settings, len(rows))
+    lengths = lengths_of(rows)
+    if settings.packing and not can_pack(model, longest=max(lengths)):
+        raise ModelError(
+            f"packing: rows of a {model.config.model_type} model cannot be kept from seeing each other",
+            remedy="remove packing; group_by_length: true also saves padding",
+        )
+    plan = _plan(settings, lengths)
     _attach(model, settings, plan.steps)
     with batching(model, tokenizer, rows) as collate:
-        check_gradients_arrive(model, collate([min(rows, key=lambda row: len(row.ids))]))
+        check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
     logger.info(
         "%s rows, %s tokens (%s with loss), longest %s; truncated %s, dropped %s",
         data.rows, data.tokens, data.supervised_tokens, data.longest, data.truncated, data.dropped,
@@ -74,10 +95,11 @@ def build(settings: Resolved) -> Job:
         settings=settings,
         model=model,
         tokenizer=tokenizer,
+        template=template,
         rows=rows,
         data=data,
-        held_out=held_out,
-        system=shared_system(samples),
+        held_out=held_out or None,
+        system=found.training.system,
         source=source,
         plan=plan,
     )
@@ -142,14 +164,24 @@ def _schedule(settings: Resolved, steps: int) -> RankSchedule:
     )
 
 
-def _plan(settings: Resolved, rows: int) -> Plan:
-    steps = total_steps(
-        rows, settings.effective_batch, epochs=settings.num_train_epochs, max_steps=settings.max_steps
+def _grouping(settings: Resolved) -> Grouping:
+    return Grouping(
+        size=settings.per_device_train_batch_size,
+        accumulation=settings.gradient_accumulation_steps,
+        capacity=settings.cutoff_len if settings.packing else None,
+        budget=settings.max_tokens_per_batch,
+        like_lengths=settings.group_by_length,
     )
+
+
+def _plan(settings: Resolved, lengths: Sequence[int]) -> Plan:
+    grouping = _grouping(settings)
+    per_epoch = grouping.updates_per_epoch(lengths)
+    steps = total_steps(per_epoch, epochs=settings.num_train_epochs, max_steps=settings.max_steps)
     return Plan(
         steps=steps,
-        micro_batch=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
+        grouping=grouping,
+        updates_per_epoch=per_epoch,
         schedule=settings.lr_scheduler_type,
         learning_rate=settings.learning_rate,
         warmup=warmup_steps(steps, ratio=settings.warmup_ratio, count=settings.warmup_steps),

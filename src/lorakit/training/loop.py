@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +13,9 @@ from torch import nn
 from lorakit import hardware
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
+from lorakit.data.store import lengths_of
 from lorakit.lowrank.budget import RankAllocator
-from lorakit.training.order import updates
+from lorakit.training.order import Grouping, updates
 from lorakit.training.schedule import learning_rate
 from lorakit.training.signals import StopRequest
 from lorakit.training.step import StepResult, train_step
@@ -26,8 +26,8 @@ class Plan:
     """The numbers of a run, fixed before it starts."""
 
     steps: int
-    micro_batch: int  # rows in one forward pass
-    accumulation: int
+    grouping: Grouping
+    updates_per_epoch: int
     schedule: str
     learning_rate: float
     warmup: int
@@ -35,11 +35,6 @@ class Plan:
     seed: int
     logging_steps: int
     save_steps: int | None
-
-    @property
-    def per_update(self) -> int:
-        """Rows in one update."""
-        return self.micro_batch * self.accumulation
 
     def rate(self, step: int) -> float:
         """The learning rate of update ``step`` (from 0)."""
@@ -71,14 +66,15 @@ def fit(
 
     ``budget`` takes ranks away as AdaLoRA does.
     """
-    meter = _Meter(plan, len(rows))
+    meter = _Meter(plan)
+    order = updates(lengths_of(rows), plan.grouping, plan.steps, plan.seed)
     model.train()
     with StopRequest() as stop:
-        for step, numbers in enumerate(updates(len(rows), plan.per_update, plan.steps, plan.seed), start=1):
+        for step, groups in enumerate(order, start=1):
             rate = plan.rate(step - 1)
             for group in optimizer.param_groups:
                 group["lr"] = rate * group.get("factor", 1.0)
-            batches = [collate([rows[i] for i in part]) for part in _split(numbers, plan.micro_batch)]
+            batches = [collate([rows[i] for i in group]) for group in groups]
             result = train_step(model, batches, optimizer, plan.max_grad_norm, budget, step)
             meter.add(result)
             hooks.on_step(step, result.loss)
@@ -91,16 +87,12 @@ def fit(
     return None
 
 
-def _split(numbers: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (numbers[start : start + size] for start in range(0, len(numbers), size))
-
-
 class _Meter:
     """Averages since the last log line; rates by the monotonic clock."""
 
-    def __init__(self, plan: Plan, rows: int) -> None:
+    def __init__(self, plan: Plan) -> None:
         self._steps = plan.steps
-        self._per_epoch = math.ceil(rows / plan.per_update)
+        self._per_epoch = plan.updates_per_epoch
         self._start = self._last = time.monotonic()
         self._seen: list[StepResult] = []
         self._tokens = 0

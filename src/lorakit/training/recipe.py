@@ -117,13 +117,18 @@ def _save(job: Job, path: Path) -> None:
         path,
         base_model=job.settings.model_name_or_path,
         revision=job.settings.model_revision,
-        notes={"system": job.system, "text": text_fingerprint(job.tokenizer)},
+        notes={
+            "system": job.system,
+            "template": job.template.notes(),
+            "text": text_fingerprint(job.tokenizer),
+        },
+        texts=job.template.files(),
     )
 
 
 def _evaluate(job: Job, metrics: MetricsFile, *, step: int, wanted: bool) -> Evaluation | None:
     """Score the held-out rows with whatever the model is now, adapters merged for speed."""
-    if not wanted:
+    if not wanted or job.held_out is None:
         return None
     settings, manager = job.settings, LoRAManager(job.model)
     start, what = time.monotonic(), "adapter" if step else "base model"
@@ -132,7 +137,6 @@ def _evaluate(job: Job, metrics: MetricsFile, *, step: int, wanted: bool) -> Eva
         job.model,
         job.tokenizer,
         job.held_out,
-        cutoff_len=settings.cutoff_len,
         batch_size=settings.per_device_eval_batch_size,
         max_new_tokens=settings.max_new_tokens if settings.predict_with_generate else None,
         on_batch=lambda done, total: logger.info("evaluating the %s: %d/%d rows", what, done, total),

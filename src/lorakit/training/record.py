@@ -107,7 +107,7 @@ def _adapter(model: nn.Module) -> dict[str, Any]:
 def _samples(job: Job, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:
     """The first held-out rows with what the base and the adapter answered."""
     scored = [evaluation.answers for evaluation in (before, after) if evaluation and evaluation.answers]
-    if not scored:
+    if not scored or job.held_out is None:
         return []
     return [
         {
@@ -116,5 +116,5 @@ def _samples(job: Job, before: Evaluation | None, after: Evaluation | None) -> l
             "before": before.answers[i] if before and before.answers else None,
             "after": after.answers[i] if after and after.answers else None,
         }
-        for i, sample in enumerate(job.held_out[:_SAMPLES])
+        for i, sample in enumerate(job.held_out.samples[:_SAMPLES])
     ]

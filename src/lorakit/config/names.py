@@ -1,0 +1,42 @@
+"""Names that values are chosen from, for parts of the program that lie above the configuration."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+TemplateName = Literal[
+    "auto",
+    "alpaca",
+    "chatml",
+    "cohere",
+    "cpm3",
+    "deepseek",
+    "deepseek3",
+    "deepseekr1",
+    "default",
+    "exaone",
+    "falcon_h1",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "granite3",
+    "llama2",
+    "llama3",
+    "llama4",
+    "ministral",
+    "mistral",
+    "mistral_small",
+    "openchat",
+    "phi",
+    "phi4",
+    "qwen",
+    "qwen3",
+    "qwen3_nothink",
+    "smollm",
+    "smollm2",
+    "vicuna",
+    "yi",
+    "zephyr",
+]
+ToolFormat = Literal["default", "llama3", "mistral", "qwen"]
+LongRows = Literal["truncate", "drop", "split"]
