@@ -88,10 +88,9 @@ class _Bounded(ImmutableSandboxedEnvironment):
         """Measure before computing: a product of a text and a number is refused before it exists."""
         if operator == "+":
             if isinstance(left, _SIZED) and isinstance(right, _SIZED):
+                # The most frequent operation of all: no call, and no look at the clock.
                 size = len(left) + len(right)
-                if (
-                    size > MAX_CHARACTERS
-                ):  # the most frequent operation of all: no call, and no look at the clock
+                if size > MAX_CHARACTERS:
                     self.check(size)
             return left + right
         if operator == "*":
