@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lorakit.adapters.attach import adapter_layers, add_lora_to_model
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import load_adapter, save_adapter
-from lorakit.errors import AdapterMismatchError, LorakitError, StorageError, TargetError
+from lorakit.errors import AdapterMismatchError, ConflictError, LorakitError, StorageError, TargetError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 FIRST_A = "base_model.model.0.lora_A.weight"
@@ -88,6 +88,17 @@ def test_loading_twice_replaces(folder: Path) -> None:
     manager.load_lora_checkpoint(folder)
     assert manager.adapter_names == ("default",)
     assert torch.equal(model(X), filled()(X))
+
+
+def test_loading_into_a_merged_model_is_refused(folder: Path) -> None:
+    model = filled(name="law")
+    manager = LoRAManager(model)
+    manager.merge_lora_weights()
+    before = model(X)
+    with pytest.raises(ConflictError, match="the adapters are merged"):
+        manager.load_lora_checkpoint(folder)
+    assert torch.equal(model(X), before)
+    assert manager.adapter_names == ("law",)
 
 
 # ------------------------------------------------------------------------------------ adapter_config.json

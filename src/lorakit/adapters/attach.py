@@ -66,7 +66,7 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default", *, seed:
     check_adapter_name(name)
     selection = select(model, config)
     present = carriers(model)
-    _refuse_merged(present)
+    refuse_merged(present)
     if any(name in carrier.adapters for carrier in present.values()):
         raise ConflictError(f"an adapter called {name!r} is already there", remedy="choose another name")
     generator = None if seed is None else torch.Generator().manual_seed(seed)
@@ -101,7 +101,7 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> None:
         raise ConflictError("the rows use different adapters", remedy="name the adapters to merge")
     if chosen is not None and len(chosen) > 1:
         _refuse_sum(model, chosen)
-    _refuse_merged(found)
+    refuse_merged(found)
     for carrier in found.values():
         carrier.merge(None if chosen is None else carrier.present(chosen))
 
@@ -123,7 +123,7 @@ def detach(model: nn.Module) -> nn.Module:
 def activate(model: nn.Module, *names: str) -> None:
     """Route every row through the adapters ``names``; without names, through the base alone."""
     found = carriers(model)
-    _refuse_merged(found)
+    refuse_merged(found)
     _set_route(model, Route(names))
 
 
@@ -237,7 +237,7 @@ def _refuse_sum(model: nn.Module, names: tuple[str, ...]) -> None:
             )
 
 
-def _refuse_merged(found: Mapping[str, Carrier]) -> None:
+def refuse_merged(found: Mapping[str, Carrier]) -> None:
     """A merged layer computes with its merged weight alone: what changes its adapters would do nothing."""
     if any(carrier.merged for carrier in found.values()):
         raise ConflictError("the adapters are merged", remedy="call unmerge_lora_weights() first")

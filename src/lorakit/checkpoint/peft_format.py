@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lorakit.adapters.attach import adapter_layers, attach, remove_adapter
+from lorakit.adapters.attach import adapter_layers, attach, carriers, refuse_merged, remove_adapter
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.adapters.targets import select
 from lorakit.checkpoint import binding, layout
@@ -146,7 +146,9 @@ def load_adapter(model: nn.Module, path: Path, name: str = "default", *, check_b
     Raises:
         AdapterMismatchError: the files cannot be used or do not fit this model, which is unchanged.
         TargetError: the model has no such modules; it is unchanged.
+        ConflictError: its adapters are merged.
     """
+    refuse_merged(carriers(model))
     stored = read_stored(path)
     config, doubled = stored.config, stored.anchored is not None
     try:
