@@ -206,9 +206,7 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
 
 def count_parameters(model: nn.Module) -> dict[str, int | float]:
     """``{"trainable": …, "total": …, "percent": …}``; shared parameters count once."""
-    parameters = [
-        p for name, p in model.named_parameters() if "._unmerged" not in name and "._original" not in name
-    ]
+    parameters = [p for name, p in model.named_parameters() if "._unmerged" not in name]
     total = sum(p.numel() for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return {"trainable": trainable, "total": total, "percent": 100 * trainable / max(total, 1)}

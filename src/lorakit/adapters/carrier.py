@@ -49,6 +49,7 @@ class Carrier(nn.Module, abc.ABC):
         self.base = base
         self.adapters = nn.ModuleDict()
         self.route: Route = BASE
+        self._unmerged: nn.Parameter | nn.Module | None = None
         self._passes = {True: _Passes(), False: _Passes()}  # in training, in evaluation
         self.register_state_dict_post_hook(_plain_when_merged)
 
@@ -60,22 +61,36 @@ class Carrier(nn.Module, abc.ABC):
     def run(self, names: tuple[str, ...], x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output with the adapters ``names``, from the input x and the base's output y."""
 
-    @property
     @abc.abstractmethod
+    def _put_merged(self, names: tuple[str, ...]) -> nn.Parameter | nn.Module:
+        """Put what base and adapters compute in the original's place, and return the original."""
+
+    @abc.abstractmethod
+    def _put_back(self, original: Any) -> None:
+        """Put the original in its place again."""
+
+    @property
     def merged(self) -> bool:
         """Whether the base currently computes what base and adapters do."""
+        return self._unmerged is not None
 
-    @abc.abstractmethod
     def merge(self, names: tuple[str, ...] | None = None) -> None:
         """Fold the adapters ``names`` (the route's if not given) into the base, so that it can be undone."""
+        if self.merged:
+            raise ConflictError("the adapters are merged already", remedy="call unmerge_lora_weights() first")
+        self._unmerged = self._put_merged(self.present(self.route.names) if names is None else names)
 
-    @abc.abstractmethod
     def unmerge(self) -> None:
         """Undo `merge`: the original is restored, never recomputed. Nothing to do if not merged."""
+        if self.merged:
+            self._put_back(self._unmerged)
+            self._unmerged = None
 
-    @abc.abstractmethod
     def fold(self) -> None:
         """Merge for good: the original is forgotten."""
+        if not self.merged:
+            self.merge()
+        self._unmerged = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus what the route's adapters change; the base alone while merged."""
@@ -93,11 +108,10 @@ class Carrier(nn.Module, abc.ABC):
     def _along(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged and route.rows is not None:
             raise ConflictError("the adapters are merged, rows cannot differ", remedy="unmerge them first")
-        if self.merged or not self.present(route.used):
-            return self.base(x, *args, **kwargs)
-        if route.rows is None:
-            return self.run_all(self.present(route.names), x, *args, **kwargs)
-        return self._by_row(route, x, *args, **kwargs)
+        if route.rows is not None and self.present(route.used):
+            return self._by_row(route, x, *args, **kwargs)
+        names = () if self.merged else self.present(route.names)
+        return self.run_all(names, x, *args, **kwargs) if names else self.base(x, *args, **kwargs)
 
     def run_all(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Every row through the adapters ``names``."""

@@ -15,10 +15,6 @@ from lorakit.errors import ConflictError
 class ModuleCopies(Carrier):
     """A frozen module beside trainable copies of it, one for each adapter that trains it whole."""
 
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__(base)
-        self._original: nn.Module | None = None
-
     def make_copy(self) -> nn.Module:
         """One more trainable copy, in float32 or better."""
         module = copy.deepcopy(self.base).requires_grad_(True)
@@ -38,31 +34,16 @@ class ModuleCopies(Carrier):
         """The copy's output; the base's is not used."""
         return self.run_all(names, x, *args, **kwargs)
 
-    @property
-    def merged(self) -> bool:
-        """Whether a copy stands in the base's place."""
-        return self._original is not None
-
-    def merge(self, names: tuple[str, ...] | None = None) -> None:
-        """Put a copy, rounded to the base's dtype, in the base's place; keep the base."""
-        if self.merged:
-            raise ConflictError("the adapters are merged already", remedy="call unmerge_lora_weights() first")
-        here = self.present(self.route.names if names is None else names)
-        self._original = self.base
+    def _put_merged(self, names: tuple[str, ...]) -> nn.Module:
+        """A copy, rounded to the base's dtype; the base itself if no adapter of ``names`` has one here."""
+        original, here = self.base, self.present(names)
         if here:
             trained = self.adapters[self._only(here)]
-            self.base = copy.deepcopy(trained).to(_dtype(self.base)).requires_grad_(False)
+            self.base = copy.deepcopy(trained).to(_dtype(original)).requires_grad_(False)
+        return original
 
-    def unmerge(self) -> None:
-        """Put the base back."""
-        if self._original is not None:
-            self.base, self._original = self._original, None
-
-    def fold(self) -> None:
-        """The copy becomes the base for good."""
-        if not self.merged:
-            self.merge()
-        self._original = None
+    def _put_back(self, original: nn.Module) -> None:
+        self.base = original
 
     def _only(self, names: tuple[str, ...]) -> str:
         if len(names) > 1:

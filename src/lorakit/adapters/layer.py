@@ -15,7 +15,7 @@ from lorakit.adapters.carrier import Carrier
 from lorakit.adapters.hosts import Host
 from lorakit.adapters.methods import METHODS, Adapter
 from lorakit.adapters.spec import LoRAConfig
-from lorakit.errors import ConflictError, UsageError
+from lorakit.errors import UsageError
 from lorakit.ops.linear import lora_linear
 from lorakit.quant.store import DenseStore, Store
 
@@ -31,7 +31,6 @@ class AdapterLayer(Carrier):
         super().__init__(base)
         self.host = host
         self.store: Store = DenseStore(base)
-        self._unmerged: nn.Parameter | None = None
         # nn.TransformerEncoderLayer reads `weight` past forward in evaluation, unless its layers have hooks.
         self.register_forward_pre_hook(_keep)
 
@@ -98,27 +97,11 @@ class AdapterLayer(Carrier):
             W = adapter.method.merged(self, adapter, W)
         return W
 
-    @property
-    def merged(self) -> bool:
-        """Whether the base weight currently holds the updates."""
-        return self._unmerged is not None
-
     @torch.no_grad()
-    def merge(self, names: tuple[str, ...] | None = None) -> None:
-        """Put the merged weight, rounded to the base's dtype, in the base's place; keep the original."""
-        if self.merged:
-            raise ConflictError("the adapters are merged already", remedy="call unmerge_lora_weights() first")
+    def _put_merged(self, names: tuple[str, ...]) -> nn.Parameter:
+        """The merged weight, rounded to the base's dtype."""
         weight = self.merged_weight(names).to(self.store.read().dtype)
-        self._unmerged = self.store.swap(nn.Parameter(weight.contiguous(), requires_grad=False))
+        return self.store.swap(nn.Parameter(weight.contiguous(), requires_grad=False))
 
-    def unmerge(self) -> None:
-        """Put the original parameter back."""
-        if self._unmerged is not None:
-            self.store.swap(self._unmerged)
-            self._unmerged = None
-
-    def fold(self) -> None:
-        """Merge for good: the original weight is forgotten."""
-        if not self.merged:
-            self.merge()
-        self._unmerged = None
+    def _put_back(self, original: nn.Parameter) -> None:
+        self.store.swap(original)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from lorakit.cli.options import base_options
+from lorakit.cli.options import base_options, check_adapter, open_adapter
 from lorakit.cli.show import emit
-from lorakit.errors import ConflictError, ModelError
+from lorakit.errors import ConflictError
 
 
 @click.command()
@@ -27,14 +27,12 @@ def convert(adapter: str, out: str, rank: int | None, base: str | None, any_base
     lorakit convert runs/addresses adapter-r4 --rank 4
     """
     from lorakit.checkpoint.convert import combine
-    from lorakit.checkpoint.peft_format import find_adapter, save_adapter
-    from lorakit.evals.session import open_session
+    from lorakit.checkpoint.peft_format import save_adapter
 
-    if find_adapter(Path(adapter)) is None:
-        raise ModelError(f"{adapter} is neither an adapter folder nor a run directory that holds one")
+    check_adapter(adapter)
     if Path(out).exists():
         raise ConflictError(f"{out} is there already", remedy="name a new folder")
-    session = open_session(adapter, base=base, precision="fp32", merge=False, check_base=not any_base)
+    session = open_adapter(adapter, base, any_base)
     error = combine(session.model, ["default"], [1.0], "converted", "svd" if rank else "cat", r=rank)
     save_adapter(
         session.model,

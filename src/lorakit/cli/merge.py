@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
-from lorakit.cli.options import base_options
+from lorakit.cli.options import base_options, check_adapter, open_adapter
 from lorakit.cli.show import emit
-from lorakit.errors import ModelError
 from lorakit.hardware import Precision
 
 CERTIFICATE_FILE = "merge_certificate.json"
@@ -44,22 +43,19 @@ def merge(
     lorakit merge runs/addresses merged-model
     """
     from lorakit.checkpoint.export import export_merged
-    from lorakit.checkpoint.peft_format import find_adapter
     from lorakit.data.encode import encode_all, prompt_ids
     from lorakit.data.reading import read_samples
     from lorakit.data.rendering import Policy
     from lorakit.data.sample import Sample
     from lorakit.evals.certificate import PROMPTS, certify, logits
-    from lorakit.evals.session import open_session
     from lorakit.files import write_json
     from lorakit.log import logger
     from lorakit.models.load import DTYPES
     from lorakit.models.quiet import quiet
 
-    if find_adapter(Path(adapter)) is None:
-        raise ModelError(f"{adapter} is neither an adapter folder nor a run directory that holds one")
+    check_adapter(adapter)
     samples = read_samples([inputs], max_samples=20).samples if inputs else []
-    session = open_session(adapter, base=base, precision="fp32", merge=False, check_base=not any_base)
+    session = open_adapter(adapter, base, any_base)
     if samples:
         texts = [r.ids for r in encode_all(session.tokenizer, samples, Policy(512), session.template)[0]]
     else:

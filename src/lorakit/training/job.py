@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import torch
 from lorakit import hardware
 from lorakit.adapters.attach import adapter_layers, attach, count_parameters
 from lorakit.adapters.spec import LoRAConfig
+from lorakit.checkpoint.binding import text_fingerprint
 from lorakit.config.resolve import Resolved
 from lorakit.data.encode import DataSummary, Row
 from lorakit.data.prepare import Encoder
@@ -50,6 +51,7 @@ class Job:
     system: str | None  # the system message that all training rows share
     source: ModelSource
     plan: Plan
+    text: Mapping[str, str | None]  # what the adapter remembers of vocabulary and chat template
 
 
 def build(settings: Resolved) -> Job:
@@ -102,6 +104,7 @@ def build(settings: Resolved) -> Job:
         system=found.training.system,
         source=source,
         plan=plan,
+        text=text_fingerprint(tokenizer),
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from lorakit.adapters.attach import rank_allocator
-from lorakit.checkpoint.binding import text_fingerprint
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import save_adapter
 from lorakit.config.load import load, load_mapping
@@ -120,7 +119,7 @@ def _save(job: Job, path: Path) -> None:
         notes={
             "system": job.system,
             "template": job.template.notes(),
-            "text": text_fingerprint(job.tokenizer),
+            "text": job.text,
         },
         texts=job.template.files(),
     )
