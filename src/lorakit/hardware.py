@@ -6,6 +6,7 @@ without it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
@@ -72,7 +73,7 @@ def memory_used() -> int:
         import torch
 
         return int(torch.cuda.memory_allocated())
-    return int(psutil.Process().memory_info().rss)
+    return resident()
 
 
 def memory_peak() -> int:
@@ -81,8 +82,50 @@ def memory_peak() -> int:
         import torch
 
         return int(torch.cuda.max_memory_allocated())
+    return resident_peak()
+
+
+def resident(pid: int | None = None) -> int:
+    """Bytes of this machine's memory that a process has now, this one if none is named; 0 once it is gone."""
+    try:
+        return int(psutil.Process(pid).memory_info().rss)
+    except psutil.NoSuchProcess:
+        return 0
+
+
+def resident_files() -> int:
+    """That part of `resident` which mirrors files, such as libraries and mapped weights (Linux)."""
+    return int(psutil.Process().memory_info().shared)
+
+
+def resident_peak() -> int:
+    """Bytes of this machine's memory that this process had at its highest point; a fork starts anew."""
+    with contextlib.suppress(OSError):  # on Linux, ru_maxrss counts the program that started this one, too
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # bytes on macOS, KiB elsewhere
+
+
+def resident_limit() -> int:
+    """Bytes that this process can come to have: its own, and what is free in the machine and its container."""
+    free = int(psutil.virtual_memory().available)
+    group = Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # another system, or no limit ("max")
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        limit, used = (int((group / f"memory.{name}").read_text()) for name in ("max", "current"))
+        free = min(free, limit - used + int(statistics["file"]))  # cached files give way
+    return resident() + free
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed: torch has a class of its own for a GPU, and a text for a CPU."""
+    import torch
+
+    texts = ("can't allocate memory", "not enough memory", "cannot allocate memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
+    )
 
 
 def processor_name() -> str:

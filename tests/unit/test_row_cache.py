@@ -203,7 +203,7 @@ class TestCache:
             pass
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        (left,) = tmp_path.glob(".tmp-*")
+        (left,) = tmp_path.glob(".lorakit-new-*")
         start = time.monotonic()
         assert cached({}, Builder(), folder=tmp_path).fresh
         assert time.monotonic() - start < 30

@@ -103,6 +103,16 @@ def check_text(recorded: Mapping[str, Any], tokenizer: Tokenizer) -> None:
             )
 
 
+def weights_fingerprint(model: nn.Module) -> str:
+    """sha256 over every byte of the base's parameters, by name: the proof that none changed."""
+    digest = hashlib.sha256()
+    for name, parameter in base_parameters(model):
+        digest.update(name.encode())
+        flat = parameter.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def base_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's parameters by their names without adapters; a shared one under each of its names."""
     modules = model.named_modules(remove_duplicate=False)

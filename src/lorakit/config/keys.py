@@ -1,7 +1,7 @@
 """Keys that are known but not built yet, as data: a file that uses one is refused by name, never ignored.
 
 Each entry holds the values that ask for nothing (accepted in silence, as ``null`` always is) and what to do
-instead. ``OTHER_NAMES`` holds what people from other tools write.
+instead. ``ALIASES`` holds second spellings, ``OTHER_NAMES`` what people from other tools write.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Unbuilt:
 _OFF = (False,)
 _QUANTISED = "the base is not quantised; remove the quantisation keys"
 _BITSANDBYTES = ("bnb", "bitsandbytes")
-_GPUS = "a run uses one process; remove the key"
+_GPUS = "the starter of the processes decides it (--nproc, torchrun, srun); remove the key"
 _LOADER = "encoded rows are mapped from disk, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
 _SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
@@ -56,7 +56,6 @@ UNBUILT: dict[str, Unbuilt] = {
     ),
     "pissa_convert": Unbuilt((False, True), "adapters are always written as plain LoRA on the original base"),
     "create_new_adapter": Unbuilt(_OFF, "every run starts a new adapter; remove the key"),
-    "adapter_name_or_path": Unbuilt((), "every run starts a new adapter"),
     "adapter_folder": Unbuilt((), "every run starts a new adapter"),
     "bias": Unbuilt(("none",), "biases stay frozen"),
     "task_type": Unbuilt(("CAUSAL_LM",), "only causal language models are trained"),
@@ -111,23 +110,16 @@ UNBUILT: dict[str, Unbuilt] = {
     "pure_bf16": Unbuilt(_OFF, "write bf16: true; adapters stay in fp32"),
     "tf32": Unbuilt(_OFF, _FULL_PRECISION),
     "half_precision_backend": Unbuilt(("auto",), _FULL_PRECISION),
-    "lr_scheduler_kwargs": Unbuilt(({},), "the schedules have no further settings"),
-    "optim_args": Unbuilt((), "adam_beta1, adam_beta2, adam_epsilon and weight_decay are the settings"),
     "neftune_noise_alpha": Unbuilt((0, 0.0), "no noise is added to embeddings"),
     "label_smoothing_factor": Unbuilt((0, 0.0), "the loss is plain cross-entropy"),
-    "use_galore": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_apollo": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_badam": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_adam_mini": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_muon": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_galore": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_apollo": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_badam": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_adam_mini": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_muon": Unbuilt(_OFF, "it is not among the optimizers of optim"),
     "use_dft_loss": Unbuilt(_OFF, "the loss is plain cross-entropy"),
-    "auto_find_batch_size": Unbuilt(_OFF, "choose per_device_train_batch_size yourself"),
-    "torch_compile": Unbuilt(_OFF, "the model runs uncompiled"),
     "full_determinism": Unbuilt(_OFF, "seed fixes everything that is random"),
-    "deepspeed": Unbuilt((), _GPUS),
-    "fsdp": Unbuilt(("",), _GPUS),
-    "fsdp_config": Unbuilt((), _GPUS),
-    "ddp_timeout": Unbuilt((1800, 180000000), _GPUS),
+    "fsdp_config": Unbuilt(({},), "fsdp: true shares out whole transformer blocks; remove the key"),
     "ddp_backend": Unbuilt((), _GPUS),
     "ddp_find_unused_parameters": Unbuilt(_OFF, _GPUS),
     "local_rank": Unbuilt((-1, 0), _GPUS),
@@ -147,22 +139,11 @@ UNBUILT: dict[str, Unbuilt] = {
     "ranking": Unbuilt(_OFF, _OTHER_STAGE),
     "ppo_epochs": Unbuilt((4,), _OTHER_STAGE),
     # Checkpoints
-    "resume_from_checkpoint": Unbuilt(_OFF, "a run starts from the beginning"),
-    "save_strategy": Unbuilt(("steps",), _SAVING),
-    "save_total_limit": Unbuilt((), _SAVING),
     "save_only_model": Unbuilt(_OFF, _SAVING),
     "save_safetensors": Unbuilt((True,), "weights are always saved as safetensors"),
-    "load_best_model_at_end": Unbuilt(_OFF, "the adapter of the last step is the result"),
     # Evaluation
     "do_predict": Unbuilt(_OFF, "give eval_dataset and predict_with_generate: true"),
-    "eval_strategy": Unbuilt(("no",), _EVALUATION),
-    "evaluation_strategy": Unbuilt(("no",), _EVALUATION),
-    "eval_steps": Unbuilt((), _EVALUATION),
-    "eval_delay": Unbuilt((0, 0.0), _EVALUATION),
     "eval_accumulation_steps": Unbuilt((), _EVALUATION),
-    "early_stopping_steps": Unbuilt((), "choose num_train_epochs or max_steps"),
-    "metric_for_best_model": Unbuilt((), "the adapter of the last step is the result"),
-    "greater_is_better": Unbuilt((), "the adapter of the last step is the result"),
     "compute_accuracy": Unbuilt(_OFF, "predict_with_generate: true measures exact match"),
     "do_sample": Unbuilt(_OFF, "generation is greedy"),
     "temperature": Unbuilt((), "generation is greedy"),
@@ -172,11 +153,7 @@ UNBUILT: dict[str, Unbuilt] = {
     "max_length": Unbuilt((), "cutoff_len bounds a row, max_new_tokens an answer"),
     "repetition_penalty": Unbuilt((1, 1.0), "generation is greedy"),
     # Logging
-    "report_to": Unbuilt(("none", ["none"], []), "metrics.jsonl and report.html hold everything; write none"),
-    "run_name": Unbuilt((), "output_dir names the run"),
-    "logging_dir": Unbuilt((), "metrics.jsonl is written to output_dir"),
     "logging_strategy": Unbuilt(("steps",), "logging_steps says when a line is logged"),
-    "logging_first_step": Unbuilt(_OFF, "logging_steps says when a line is logged"),
     "log_level": Unbuilt(("passive",), "the log has one level"),
     "disable_tqdm": Unbuilt(_OFF, "plain lines appear by themselves when the output is not a terminal"),
     "use_swanlab": Unbuilt(_OFF, "metrics.jsonl and report.html hold everything"),
@@ -186,6 +163,11 @@ UNBUILT: dict[str, Unbuilt] = {
     "hub_model_id": Unbuilt((), _HUB),
     "export_dir": Unbuilt((), "`lorakit merge` writes a plain model folder"),
     "print_param_status": Unbuilt(_OFF, "the numbers of parameters are always logged; remove the key"),
+}
+
+# Older spellings of keys, taken as they are.
+ALIASES: dict[str, str] = {
+    "evaluation_strategy": "eval_strategy",
 }
 
 OTHER_NAMES: dict[str, str] = {

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
@@ -26,7 +26,8 @@ _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # Y
 _COMMENT_COLUMN = 60
 _HUB_DATA = re.compile(r"\w[\w-]*/\w[\w-]*(\.\d[\w-]*)*", re.ASCII)  # owner/name, without a file's suffix
 _REGISTRY = "dataset_info.json"
-_OTHER_SPELLINGS = ("disable_gradient_checkpointing", "neat_packing")  # of values that stand elsewhere
+# of values that stand elsewhere
+_OTHER_SPELLINGS = ("disable_gradient_checkpointing", "neat_packing", "greater_is_better")
 
 
 class Resolved(TrainConfig):
@@ -40,6 +41,8 @@ class Resolved(TrainConfig):
     lora_alpha: float
     dataset_dir: str
     do_eval: bool
+    eval_strategy: Literal["no", "steps", "epoch"]
+    greater_is_better: None = None
     packing: bool
     neat_packing: None = None
     bf16: bool
@@ -93,6 +96,15 @@ def resolve(run: Run) -> Resolved:
         origins["num_train_epochs"] += ", unused: max_steps wins"
     if config.warmup_ratio > 0 and config.warmup_steps == 0:
         values["warmup_steps"], origins["warmup_steps"] = None, "derived: warmup_ratio is given"
+    values["greater_is_better"] = None
+    if config.eval_strategy is None:
+        values["eval_strategy"] = "no" if config.eval_steps is None else "steps"
+        origins["eval_strategy"] = f"derived: eval_steps is {'not ' if config.eval_steps is None else ''}given"
+    if values["eval_strategy"] == "steps" and config.eval_steps is None:
+        values["eval_steps"], origins["eval_steps"] = config.logging_steps, "derived: logging_steps"
+    if config.unfreeze_after is not None and config.unfreeze_learning_rate is None:
+        values["unfreeze_learning_rate"] = config.learning_rate / 10
+        origins["unfreeze_learning_rate"] = "derived: learning_rate / 10"
     values["effective_batch"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
     origins["effective_batch"] = "derived: per_device_train_batch_size × gradient_accumulation_steps"
 
@@ -113,8 +125,9 @@ def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) ->
     else:
         origins["dataset_dir"] = f"derived: folder of {run.file.name}" if run.file else "derived: base_dir"
     values["dataset_dir"] = str(data_folder)
-    if run.config.tokenized_path is not None:
-        values["tokenized_path"] = str(_absolute(run.config.tokenized_path, settings["tokenized_path"].base))
+    for key in ("tokenized_path", "adapter_name_or_path", "resume_from_checkpoint", "deepspeed", "logging_dir"):
+        if isinstance(values[key], str):
+            values[key] = str(_absolute(values[key], settings[key].base))
     for key in ("dataset", "eval_dataset"):
         if values[key] is not None:
             base = settings[key].base if run.config.dataset_dir is None else data_folder
@@ -158,19 +171,28 @@ def _resolve_precision(
     """Choose the number format from the keys and what the hardware can do."""
     config, best = run.config, _best_precision(run.config)
     precision, origin = best, f"derived: best on this {hardware.device()}"
+    if config.unfreeze_after is not None:
+        best, precision, origin = "fp32", "fp32", "derived: the base trains in the end (unfreeze_after)"
+    if config.unfreeze_after is not None and (config.bf16 or config.fp16):
+        key = "bf16" if config.bf16 else "fp16"
+        message = f"`{key}` is true, but with `unfreeze_after` the base trains, which needs fp32 weights"
+        return [Problem(message, key, (run.settings[key].value_place,), f"remove `{key}`")]
     if config.bf16 and not hardware.supports("bf16"):
         message = "`bf16` is true, but the hardware has no bf16 arithmetic"
         hint = f"remove the key to compute in {best}"
         return [Problem(message, "bf16", (run.settings["bf16"].value_place,), hint)]
     if config.bf16:
         precision, origin = "bf16", origins["bf16"]
+    elif config.fp16 and hardware.supports("fp16"):
+        precision, origin = "fp16", origins["fp16"]
     elif config.fp16:
-        why = "a CPU only emulates it" if hardware.device() == "cpu" else "loss scaling is not built yet"
-        origin = f"derived: not fp16, as {why} ({origins['fp16']})"
-        warnings.append(f"{origins['fp16']}: `fp16` is not used, as {why}: computing in {best}")
+        origin = f"derived: not fp16, as a CPU only emulates it ({origins['fp16']})"
+        warnings.append(
+            f"{origins['fp16']}: `fp16` is not used, as a CPU only emulates it: computing in {best}"
+        )
     elif best == "fp32" and config.bf16 is False:
         origin = origins["bf16"]
-    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": False}
+    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": precision == "fp16"}
     origins |= dict.fromkeys(("precision", "bf16", "fp16"), origin)
     return []
 
@@ -207,7 +229,7 @@ def _scalar(value: Any) -> str:
         return _quoted(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_scalar(item) for item in value)}]"
-    return repr(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:

@@ -7,6 +7,7 @@ tokens, and ``trained``, whether each carries loss. It does not depend on how ma
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -73,3 +74,11 @@ class StoredRows(Sequence[Row]):
 def lengths_of(rows: Sequence[Row]) -> Sequence[int]:
     """The number of tokens of each row, without making the rows if they are stored."""
     return rows.lengths.tolist() if isinstance(rows, StoredRows) else [len(row.ids) for row in rows]
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 over every token and label, in order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(np.asarray([len(row.ids), *row.ids, *row.labels], dtype=np.int32).tobytes())
+    return digest.hexdigest()
