@@ -96,7 +96,8 @@ def find_batch(
     size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     lengths = lengths_of(rows)
     grouping = make_plan(settings, lengths, 1, (size, accumulation)).grouping
-    with switches(settings, model):
+    plain = settings.model_copy(update={"torch_compile": False})  # each try would compile anew
+    with switches(plain, model):
         most = find_optimal_batch_size(
             model,
             settings.max_memory_gb,
