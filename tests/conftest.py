@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,31 @@ def log_restored() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def single_thread() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A block in which torch computes on one thread."""
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    return block
+
+
+@pytest.fixture(scope="module")
+def one_thread(single_thread: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """A tiny model gains nothing from a second thread, and two runs at once wait for each other."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

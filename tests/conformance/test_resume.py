@@ -50,14 +50,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 CASES = [(precision, method) for precision in ("fp32", "bf16") for method in METHODS]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from training_runs import ROWS, settings_of, write_rows
 
 from lorakit.training.recipe import RunResult, train
 
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """A tiny model gains nothing from a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SingleThread = Callable[[], AbstractContextManager[None]]
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +40,10 @@ def run(settings: dict[str, Any]) -> Path:
 
 @pytest.fixture(scope="session")
 def finished(
-    tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_llama: Path, data: Path, tmp_path_factory: pytest.TempPathFactory, single_thread: SingleThread
 ) -> tuple[dict[str, Any], RunResult]:
     """The settings of a finished run with evaluations, and its result."""
     keys = settings_of(tiny_llama, data, tmp_path_factory.mktemp("finished") / "run")
     keys |= {"eval_dataset": str(data), "eval_on_start": True}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as those who go on with it, or it would not be bit for bit
-    try:
+    with single_thread():  # as those who go on with it, or it would not be bit for bit
         return keys, train(keys)
-    finally:
-        torch.set_num_threads(threads)

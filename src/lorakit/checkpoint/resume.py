@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ _HARMLESS = frozenset((
     "save_steps", "save_total_limit", "on_save_error", "on_nonfinite", "max_nonfinite_updates",
     "ddp_timeout", "eval_dataset", "eval_strategy", "eval_steps", "eval_delay", "do_eval", "eval_on_start",
     "per_device_eval_batch_size", "predict_with_generate", "max_new_tokens", "load_best_model_at_end",
-    "metric_for_best_model", "early_stopping_steps", "deepspeed", "fsdp", "fsdp_config",
+    "metric_for_best_model", "early_stopping_steps", "deepspeed", "fsdp",
 ))  # fmt: skip
 
 
@@ -77,9 +77,9 @@ def find_source(run: Path, wanted: str | bool | None) -> Source | None:
     if wanted is not True:
         path = Path(wanted)
         if snapshots(path):  # a run's folder
-            return _newest(path) or _none_good(path)
+            return newest_source(path, logger.warning) or _none_good(path)
         return Source(path, read_snapshot(path))
-    found = _newest(run)
+    found = newest_source(run, logger.warning)
     if found is None:
         if snapshots(run):
             _none_good(run)
@@ -87,10 +87,11 @@ def find_source(run: Path, wanted: str | bool | None) -> Source | None:
     return found
 
 
-def _newest(run: Path) -> Source | None:
+def newest_source(run: Path, tell: Callable[[str], None]) -> Source | None:
+    """The newest checkpoint in ``run`` that is whole, if any; ``tell`` hears what is wrong with newer ones."""
     path, damaged = newest_good(run)
     for note in damaged:
-        logger.warning("WARNING: %s", note)
+        tell(f"WARNING: {note}")
     return Source(path, read_snapshot(path)) if path else None
 
 

@@ -28,8 +28,6 @@ _BITSANDBYTES = ("bnb", "bitsandbytes")
 _GPUS = "the starter of the processes decides it (--nproc, torchrun, srun); remove the key"
 _LOADER = "encoded rows are mapped from disk, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
-_SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
-_EVALUATION = "evaluation runs after training, and before it with eval_on_start"
 _MODEL_EDIT = "the model is used as its own configuration describes it"
 _FREEZE = "only adapters are trained"
 _FULL_PRECISION = "bf16, fp16 or neither chooses the precision"
@@ -139,11 +137,11 @@ UNBUILT: dict[str, Unbuilt] = {
     "ranking": Unbuilt(_OFF, _OTHER_STAGE),
     "ppo_epochs": Unbuilt((4,), _OTHER_STAGE),
     # Checkpoints
-    "save_only_model": Unbuilt(_OFF, _SAVING),
+    "save_only_model": Unbuilt(_OFF, "a checkpoint always holds what a run needs to go on"),
     "save_safetensors": Unbuilt((True,), "weights are always saved as safetensors"),
     # Evaluation
     "do_predict": Unbuilt(_OFF, "give eval_dataset and predict_with_generate: true"),
-    "eval_accumulation_steps": Unbuilt((), _EVALUATION),
+    "eval_accumulation_steps": Unbuilt((), "an evaluation keeps no logits; remove the key"),
     "compute_accuracy": Unbuilt(_OFF, "predict_with_generate: true measures exact match"),
     "do_sample": Unbuilt(_OFF, "generation is greedy"),
     "temperature": Unbuilt((), "generation is greedy"),

@@ -63,6 +63,10 @@ class StoredRows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (self._row(number) for number in range(len(self)))
 
+    def columns(self) -> Iterator[tuple[pyarrow.ListArray, pyarrow.ListArray]]:
+        """The tokens, and whether each carries loss, piece by piece."""
+        return zip(self._ids, self._trained, strict=True)
+
     def _row(self, number: int) -> Row:
         chunk = bisect.bisect_right(self._starts, number) - 1
         inside = number - self._starts[chunk]
@@ -77,8 +81,10 @@ def lengths_of(rows: Sequence[Row]) -> Sequence[int]:
 
 
 def rows_fingerprint(rows: Sequence[Row]) -> str:
-    """sha256 over every token and label, in order."""
-    digest = hashlib.sha256()
-    for row in rows:
-        digest.update(np.asarray([len(row.ids), *row.ids, *row.labels], dtype=np.int32).tobytes())
-    return digest.hexdigest()
+    """sha256 over every token and label, in order, however the rows are kept; stored ones are not made."""
+    lengths, ids, trained = (hashlib.sha256() for _ in range(3))
+    for tokens, carries in rows.columns() if isinstance(rows, StoredRows) else [to_batch(rows).columns]:
+        lengths.update(np.diff(tokens.offsets.to_numpy()).tobytes())
+        ids.update(tokens.flatten().to_numpy().tobytes())
+        trained.update(carries.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return hashlib.sha256(b"".join(part.digest() for part in (lengths, ids, trained))).hexdigest()

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorakit import __version__
+from lorakit.checkpoint.resume import settings_of
 from lorakit.config.resolve import Resolved
 from lorakit.config.rules import HIGHER_IS_BETTER
-from lorakit.config.schema import TrainConfig
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
 from lorakit.data.order import Grouping, total_steps
@@ -89,13 +89,15 @@ def find_batch(
     settings: Resolved,
     model: PreTrainedModel,
     rows: Sequence[Row],
+    grouping: Grouping,
     collate: Callable[[Sequence[Row]], Batch],
     poll: Callable[[], None],
 ) -> tuple[int, int]:
-    """The largest micro-batch that fits, and how many of them make an update of as many rows as before."""
-    size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    lengths = lengths_of(rows)
-    grouping = make_plan(settings, lengths, 1, (size, accumulation)).grouping
+    """The largest micro-batch that fits, and how many of them make an update of as many rows as before.
+
+    ``grouping`` is that of one process, before the search.
+    """
+    lengths, rows_of_update = lengths_of(rows), grouping.size * grouping.accumulation
     plain = settings.model_copy(update={"torch_compile": False})  # each try would compile anew
     with switches(plain, model):
         most = find_optimal_batch_size(
@@ -103,10 +105,10 @@ def find_batch(
             settings.max_memory_gb,
             make_batch=lambda count: collate([rows[i] for i in longest_rows(lengths, grouping, count)]),
             loss_fn=lambda model, batch: batch_loss(model, batch) / len(batch.targets_N),
-            max_batch_size=size * accumulation,
+            max_batch_size=rows_of_update,
             poll=poll,
         )
-    batch = same_update(size * accumulation, most)
+    batch = same_update(rows_of_update, most)
     logger.info("auto_find_batch_size: %d × %d rows make an update", *batch)
     return batch
 
@@ -158,10 +160,9 @@ def _zero_settings(settings: Resolved, model: PreTrainedModel, world: World) -> 
 
 def identity(settings: Resolved, facts: Mapping[str, Any]) -> dict[str, str]:
     """What all ranks of a run must agree on."""
-    known = settings.model_dump(mode="json", include=set(TrainConfig.model_fields))
     return {
         "lorakit": __version__,
         "torch": torch.__version__,
-        **{key: repr(value) for key, value in known.items()},
+        **{key: repr(value) for key, value in settings_of(settings).items()},
         **{f"content of {name}": str(value) for name, value in facts.items()},
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit import hardware
-from lorakit.adapters.attach import adapter_layers, attach, count_parameters, freeze_backbone_params
+from lorakit.adapters.attach import adapter_layers, attach, count_parameters
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.checkpoint.binding import fingerprint, text_fingerprint, weights_fingerprint
 from lorakit.checkpoint.peft_format import load_adapter
@@ -51,7 +51,6 @@ class Job:
     system: str | None  # the system message that all training rows share
     source: ModelSource
     plan: Plan
-    batch: tuple[int, int]  # rows in a micro-batch, and micro-batches of a process in an update
     text: Mapping[str, str | None]  # what the adapter remembers of vocabulary and chat template
     content: str  # sha256 of the rows
     base: str  # sha256 of the base's weights
@@ -121,11 +120,11 @@ def build(
     with batching(model, tokenizer, rows) as collate:
         check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
         if search:
-            batch = find_batch(settings, model, rows, collate, poll)
+            batch = find_batch(settings, model, rows, plan.grouping, collate, poll)
             plan = make_plan(settings, lengths, ranks, batch)
     return Job(
         settings=settings, model=model, tokenizer=tokenizer, template=template, rows=rows, data=data,
-        held_out=held_out or None, system=found.training.system, source=source, plan=plan, batch=batch,
+        held_out=held_out or None, system=found.training.system, source=source, plan=plan,
         text=text_fingerprint(tokenizer), content=rows_fingerprint(rows), base=base, bound_to=bound_to,
         reading=found.training.facts,
     )  # fmt: skip
@@ -156,7 +155,6 @@ def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
         attach(model, adapter_config(settings, steps), seed=settings.seed)
     else:
         load_adapter(model, Path(settings.adapter_name_or_path))
-        freeze_backbone_params(model)
         logger.info("going on with the adapter in %s: its rank and targets hold", settings.adapter_name_or_path)
     layers = adapter_layers(model).items()
     kinds = Counter((path.rpartition(".")[2], tuple(layer.weight.shape)) for path, layer in layers)

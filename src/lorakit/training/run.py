@@ -16,8 +16,8 @@ from lorakit.checkpoint.binding import weights_fingerprint
 from lorakit.checkpoint.export import export_merged
 from lorakit.checkpoint.manager import LoRAManager
 from lorakit.checkpoint.peft_format import fill_adapter, save_adapter
-from lorakit.checkpoint.resume import Source, environment, grade, settings_of
-from lorakit.checkpoint.snapshot import newest_good, prune, read_snapshot, snapshot_bytes, write_snapshot
+from lorakit.checkpoint.resume import Source, environment, grade, newest_source, settings_of
+from lorakit.checkpoint.snapshot import prune, read_snapshot, snapshot_bytes, write_snapshot
 from lorakit.checkpoint.state import State
 from lorakit.errors import DivergedError, MemoryLimitError, ModelError, StorageError
 from lorakit.evals.evaluate import Evaluation, evaluate
@@ -156,7 +156,7 @@ class Run:
             torch.manual_seed(self.job.settings.seed + _RANK_SEED * self.world.rank + self.progress.step)
 
     def _state(self) -> State:
-        state = self.strategy.collect()
+        state, grouping = self.strategy.collect(), self.job.plan.grouping
         if self.budget is not None:
             state.add("budget", allocator_state(self.budget.state_dict()))
         for rank, random in enumerate(self.world.gather(random_state())):
@@ -167,7 +167,7 @@ class Run:
             "facts": self.job.facts(),
             "environment": environment(self.world.size),
             "ranks": self.world.size,
-            "batch": list(self.job.batch),
+            "batch": [grouping.size, grouping.accumulation // self.world.size],
             "before": self.before.to_json() if self.before else None,
         }
         return state
@@ -219,7 +219,7 @@ class Run:
                     discard(self.folder.model)
                 export_merged(self.job.model, self.job.tokenizer, self.folder.model, dtype=dtype)
             return publish(self.folder, self.result(), record)
-        return self.folder.path / "report.html"
+        return self.folder.report
 
     def take_best(self) -> None:
         """Put the weights of the best evaluation in the model, if that is wanted and was not the last."""
@@ -306,15 +306,13 @@ class Run:
             logger.warning("its rows and the norm of every gradient are in %s", path)
 
     def _roll_back(self) -> None:
-        path, notes = newest_good(self.folder.path)
-        for note in notes:
-            self._note(f"WARNING: {note}")
-        if path is None:
+        source = newest_source(self.folder.path, self._note)
+        if source is None:
             raise DivergedError(
                 "an update was not finite, and there is no checkpoint to go back to",
                 remedy="lower learning_rate, or save more often (save_steps)",
             )
-        self.load(Source(path, read_snapshot(path)))
+        self.load(source)
 
     def _second_stage(self, step: int) -> bool:
         after = self.job.plan.unfreeze_after
