@@ -18,8 +18,24 @@ class Rule:
     hint: str
 
 
+def asked_bits(run: TrainConfig) -> set[int]:
+    """The numbers of bits that the keys which tell them name."""
+    four, eight = run.use_qlora or run.load_in_4bit, run.load_in_8bit
+    return {bits for bits, asked in ((run.quantization_bit, True), (4, four), (8, eight)) if bits and asked}
+
+
 def _holds_out(run: TrainConfig) -> bool:
     return run.eval_dataset is not None or run.val_size > 0
+
+
+def _idle(key: str) -> Rule:
+    """A warning of a key that tells how to quantise where nothing is quantised."""
+    return Rule(
+        (key,),
+        lambda run: dict(run)[key] not in (None, "native") and not asked_bits(run),
+        f"`{key}` has no effect, as the base is not quantised",
+        "add `quantization_bit: 4`, or remove it",
+    )
 
 
 CONTRADICTIONS = (
@@ -64,6 +80,36 @@ CONTRADICTIONS = (
         lambda run: run.pissa_init and not run.init_lora_weights.startswith(("kaiming", "pissa")),
         "`pissa_init` and `init_lora_weights` name two starts",
         "keep one of them",
+    ),
+    Rule(
+        ("quantization_bit", "use_qlora", "load_in_4bit", "load_in_8bit"),
+        lambda run: len(asked_bits(run)) > 1,
+        "the base cannot have 4 and 8 bits at once",
+        "keep one of the keys",
+    ),
+    Rule(
+        ("quantization_type", "double_quantization", "quantization_bit", "load_in_8bit"),
+        lambda run: asked_bits(run) == {8} and bool(run.quantization_type or run.double_quantization),
+        "`quantization_type` and `double_quantization` are about 4 bits, and 8 are asked for",
+        "remove them, or write `quantization_bit: 4`",
+    ),
+    Rule(
+        ("llm_int8_threshold", "int8_compute", "quantization_bit", "use_qlora", "load_in_4bit"),
+        lambda run: asked_bits(run) == {4} and bool(run.llm_int8_threshold or run.int8_compute),
+        "`llm_int8_threshold` and `int8_compute` are about 8 bits, and 4 are asked for",
+        "remove them, or write `quantization_bit: 8`",
+    ),
+    Rule(
+        ("int8_compute", "quantization_method"),
+        lambda run: run.int8_compute is not None and run.quantization_method == "bitsandbytes",
+        "`int8_compute` is about lorakit's own layers, and bitsandbytes' are asked for",
+        "keep one of them",
+    ),
+    Rule(
+        ("init_lora_weights", "quantization_bit"),
+        lambda run: run.init_lora_weights == "loftq" and not asked_bits(run),
+        "the start `loftq` makes up for what quantisation loses, and the base is not quantised",
+        "add `quantization_bit: 4`",
     ),
     Rule(
         ("bf16", "fp16"),
@@ -188,4 +234,11 @@ WARNINGS = (
         "`learning_rate` is outside the usual range of LoRA",
         "usual are 1e-5 to 5e-3, most often 1e-4 to 3e-4",
     ),
+    _idle("quantization_method"),
+    _idle("quantization_type"),
+    _idle("double_quantization"),
+    _idle("bnb_4bit_compute_dtype"),
+    _idle("llm_int8_threshold"),
+    _idle("int8_compute"),
+    _idle("llm_int8_skip_modules"),
 )

@@ -23,7 +23,7 @@ from lorakit.evals.evaluate import HeldOut, hold_out
 from lorakit.evals.objective import batching
 from lorakit.log import logger
 from lorakit.lowrank.budget import RankSchedule
-from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.load import check_vocabulary, dense_weights, load_model, load_tokenizer
 from lorakit.models.patch import can_pack
 from lorakit.models.sources import ModelSource, locate
 from lorakit.training.loop import Plan
@@ -77,6 +77,7 @@ def build(settings: Resolved) -> Job:
         precision=settings.precision,
         device=hardware.device(),
         trust_remote_code=settings.trust_remote_code,
+        quantization=settings.quantization,
     )
     check_vocabulary(model, tokenizer)
     lengths = lengths_of(rows)
@@ -86,7 +87,7 @@ def build(settings: Resolved) -> Job:
             remedy="remove packing; group_by_length: true also saves padding",
         )
     plan = _plan(settings, lengths)
-    _attach(model, settings, plan.steps)
+    _attach(model, settings, plan.steps, source)
     with batching(model, tokenizer, rows) as collate:
         check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
     logger.info(
@@ -108,10 +109,11 @@ def build(settings: Resolved) -> Job:
     )
 
 
-def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
-    attach(model, adapter_config(settings, steps), seed=settings.seed)
+def _attach(model: PreTrainedModel, settings: Resolved, steps: int, source: ModelSource) -> None:
+    dense_weight = dense_weights(source, model) if settings.init_lora_weights == "loftq" else None
+    attach(model, adapter_config(settings, steps), seed=settings.seed, dense_weight=dense_weight)
     layers = adapter_layers(model).items()
-    kinds = Counter((path.rpartition(".")[2], tuple(layer.weight.shape)) for path, layer in layers)
+    kinds = Counter((path.rpartition(".")[2], layer.store.shape) for path, layer in layers)
     counted = count_parameters(model)
     logger.info(
         "%s on %s; %s of %s parameters train (%.3g %%)",

@@ -20,6 +20,7 @@ from lorakit.errors import Interrupted, ModelError
 from lorakit.evals.evaluate import Evaluation, evaluate
 from lorakit.evals.objective import batching
 from lorakit.log import MetricsFile, logger
+from lorakit.models.quantized import quantization_of
 from lorakit.training.display import Display, make_display
 from lorakit.training.folder import RunFolder
 from lorakit.training.job import Job, build
@@ -111,6 +112,7 @@ def _log(entry: dict[str, Any], metrics: MetricsFile, display: Display) -> None:
 
 
 def _save(job: Job, path: Path) -> None:
+    kept = job.settings.quantization or quantization_of(job.model)
     save_adapter(
         job.model,
         path,
@@ -120,6 +122,7 @@ def _save(job: Job, path: Path) -> None:
             "system": job.system,
             "template": job.template.notes(),
             "text": job.text,
+            "quantization": kept and kept.to_dict(),
         },
         texts=job.template.files(),
     )
@@ -131,7 +134,8 @@ def _evaluate(job: Job, metrics: MetricsFile, *, step: int, wanted: bool) -> Eva
         return None
     settings, manager = job.settings, LoRAManager(job.model)
     start, what = time.monotonic(), "adapter" if step else "base model"
-    manager.merge_lora_weights()
+    if quantization_of(job.model) is None:  # merging would round the update away
+        manager.merge_lora_weights()
     evaluation = evaluate(
         job.model,
         job.tokenizer,
