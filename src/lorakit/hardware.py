@@ -118,8 +118,8 @@ def lean_memory() -> None:
     """From now on return tensors of 3 MB and more to the system when they are freed (glibc's ``mallopt(3)``).
 
     By default glibc raises that limit to 32 MB as it goes, and holes between tensors of different sizes add up:
-    0.3 GB in a training step of a 7B model. The price is page faults for every large tensor, so this is for
-    models that hardly fit.
+    to 1 GB in a training step of a 7B model. The price is page faults for every large tensor, a quarter of that
+    step's time, so this is for models that hardly fit.
     """
     with contextlib.suppress(OSError, AttributeError):  # another C library
         library = ctypes.CDLL(None)

@@ -157,6 +157,12 @@ def test_second_derivatives_are_refused() -> None:
 integers = pytest.mark.skipif(not hardware.integer_products(), reason="no integer products here")
 
 
+@pytest.fixture
+def narrow_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that are too narrow to pay for many rows are multiplied on integers all the same."""
+    monkeypatch.setattr(int8, "_NARROW", 0)
+
+
 def eight_bit(out: int, features: int, seed: int = 7) -> tuple[Tensor, Tensor, Tensor]:
     """Codes, scales and the dense weight that they stand for."""
     W = normal(out, features, seed=seed, dtype=torch.float32)
@@ -169,6 +175,7 @@ def off(found: Tensor, exact: Tensor) -> float:
     return float((found.double() - exact.double()).norm() / exact.double().norm())
 
 
+@pytest.mark.usefixtures("narrow_too")
 @integers
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("n", "out", "features"), [(40, 96, 64), (1, 33, 130), (300, 64, 512)])
@@ -197,6 +204,7 @@ def test_codes_and_steps_restore_a_row() -> None:
     assert ((codes * step - x * weigh).abs() <= 0.5001 * step).all()
 
 
+@pytest.mark.usefixtures("narrow_too")
 @integers
 def test_outlier_columns_do_not_cost_precision() -> None:
     """Columns a hundred times as large as the rest, in which LLMs keep a few features of every token."""
@@ -228,6 +236,7 @@ def test_a_threshold_takes_the_columns_that_reach_it() -> None:
     torch.testing.assert_close(only_one, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.usefixtures("narrow_too")
 @integers
 def test_a_product_that_is_too_far_off_is_left_to_the_dense_weight() -> None:
     """One huge entry in another column of each row: no few columns to take out."""
@@ -251,6 +260,26 @@ def test_float64_and_machines_without_integer_products_get_none(monkeypatch: pyt
     x = normal(4, 32, seed=1, dtype=torch.float32)
     assert int8.times(x, codes, scale, int8.Tally()) is None
     assert int8.back(normal(4, 16, seed=1, dtype=torch.float32), codes, scale, int8.Tally()) is None
+
+
+@integers
+def test_narrow_weights_are_left_to_bf16_but_for_a_few_rows() -> None:
+    codes, scale, _ = eight_bit(256, 1024)
+    x = normal(64, 1024, seed=18, dtype=torch.bfloat16)
+    assert int8.times(x, codes, scale, int8.Tally()) is None
+    assert int8.times(x[:4], codes, scale, int8.Tally()) is not None
+
+
+@pytest.mark.skipif(hardware.compiler() is None, reason="no C++ compiler here")
+def test_the_compiled_pass_is_its_function() -> None:
+    x, weigh = normal(520, 512, seed=19, dtype=torch.bfloat16), torch.linspace(0.0, 1.0, 512)
+    compiled = int8._pass(int8.quantise_rows, x)
+    assert compiled is not int8.quantise_rows
+    (codes, step), (right, right_step) = compiled(x, weigh), int8.quantise_rows(x, weigh)
+    torch.testing.assert_close(step, right_step)
+    apart = (codes.int() - right.int()).abs()  # a quotient half way between two steps may go either way
+    assert apart.max() <= 1
+    assert apart.double().mean() < 1e-3
 
 
 @integers
