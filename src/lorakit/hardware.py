@@ -7,10 +7,12 @@ without it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import platform
 import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Literal
@@ -21,6 +23,8 @@ Device = Literal["cuda", "cpu"]
 Precision = Literal["bf16", "fp16", "fp32"]
 
 _BF16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}  # x86 (two) and Arm
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_INT8_FLAGS = {"avx512_vnni", "avx_vnni", "amx_int8"}  # torch has no fast integer products on Arm
 
 
 @functools.cache
@@ -60,6 +64,18 @@ def supports(precision: Precision) -> bool:
     import torch
 
     return precision == "fp16" or torch.cuda.is_bf16_supported()
+
+
+@functools.cache
+def integer_products() -> bool:
+    """Whether products of 8-bit integers run in hardware here."""
+    return device() == "cuda" or bool(cpu_flags() & _INT8_FLAGS)
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that ``torch.compile`` would use for the processor, if there is one."""
+    return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
 
 
 def best_precision() -> Precision:
@@ -126,6 +142,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(text in str(error).lower() for text in texts)
     )
+
+
+def give_back_memory() -> None:
+    """Return freed memory to the system, where the C library can (glibc's ``malloc_trim``).
+
+    Large blocks that come and go beside small ones that stay leave holes, which it would keep for later.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def lean_memory() -> None:
+    """From now on return tensors of 3 MB and more to the system when they are freed (glibc's ``mallopt(3)``).
+
+    By default glibc raises that limit to 32 MB as it goes, and holes between tensors of different sizes add up:
+    to 1 GB in a training step of a 7B model. The price is page faults for every large tensor, a quarter of that
+    step's time, so this is for models that hardly fit.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        for parameter, size in ((_M_MMAP_THRESHOLD, 3 << 20), (_M_TRIM_THRESHOLD, 64 << 20)):
+            library.mallopt(parameter, size)
 
 
 def processor_name() -> str:

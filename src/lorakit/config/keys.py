@@ -23,8 +23,6 @@ class Unbuilt:
 
 
 _OFF = (False,)
-_QUANTISED = "the base is not quantised; remove the quantisation keys"
-_BITSANDBYTES = ("bnb", "bitsandbytes")
 _GPUS = "the starter of the processes decides it (--nproc, torchrun, srun); remove the key"
 _LOADER = "encoded rows are mapped from disk, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
@@ -65,17 +63,10 @@ UNBUILT: dict[str, Unbuilt] = {
     "freeze_multi_modal_projector": Unbuilt((True,), "only text models are trained"),
     "train_mm_proj_only": Unbuilt(_OFF, "only text models are trained"),
     # Quantisation
-    "quantization_bit": Unbuilt((), _QUANTISED),
-    "quantization_method": Unbuilt(_BITSANDBYTES, _QUANTISED),
-    "quantization_type": Unbuilt(("nf4",), _QUANTISED),
-    "bnb_4bit_quant_type": Unbuilt(("nf4",), _QUANTISED),
-    "bnb_4bit_compute_dtype": Unbuilt((), _QUANTISED),
-    "double_quantization": Unbuilt((False, True), _QUANTISED),
-    "bnb_4bit_use_double_quant": Unbuilt((False, True), _QUANTISED),
-    "quantization_device_map": Unbuilt((), _QUANTISED),
-    "load_in_4bit": Unbuilt(_OFF, _QUANTISED),
-    "load_in_8bit": Unbuilt(_OFF, _QUANTISED),
-    "use_qlora": Unbuilt(_OFF, _QUANTISED),
+    "quantization_device_map": Unbuilt(("auto",), "the model sits on one device"),
+    "bnb_4bit_quant_storage": Unbuilt(("uint8",), "packed weights are bytes"),
+    "llm_int8_enable_fp32_cpu_offload": Unbuilt(_OFF, "the model sits on one device"),
+    "llm_int8_has_fp16_weight": Unbuilt(_OFF, "the base is frozen, one copy of it is enough"),
     # Model
     "flash_attn": Unbuilt(("auto", "sdpa"), "attention is exact and chosen for the device; remove the key"),
     "attn_implementation": Unbuilt(("sdpa",), "attention is exact and chosen for the device; remove the key"),
@@ -163,8 +154,10 @@ UNBUILT: dict[str, Unbuilt] = {
     "print_param_status": Unbuilt(_OFF, "the numbers of parameters are always logged; remove the key"),
 }
 
-# Older spellings of keys, taken as they are.
+# Other spellings of keys, taken as they are.
 ALIASES: dict[str, str] = {
+    "bnb_4bit_quant_type": "quantization_type",
+    "bnb_4bit_use_double_quant": "double_quantization",
     "evaluation_strategy": "eval_strategy",
 }
 
@@ -187,6 +180,10 @@ OTHER_NAMES: dict[str, str] = {
     "target_r": "adalora_target_r",
     "lora_plus_lr_ratio": "loraplus_lr_ratio",
     "lora_target_modules": "lora_target",
+    "qlora": "use_qlora",
+    "bits": "quantization_bit",
+    "quant_type": "quantization_type",
+    "double_quant": "double_quantization",
     "data": "dataset",
     "datasets": "dataset",
     "train_dataset": "dataset",

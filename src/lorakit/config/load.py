@@ -16,6 +16,7 @@ from pydantic_core import PydanticUndefined
 
 from lorakit.config.keys import ALIASES, OTHER_NAMES, UNBUILT
 from lorakit.config.problems import Place, Problem, config_error
+from lorakit.config.quantization_rules import QUANTIZATION_CONTRADICTIONS, QUANTIZATION_WARNINGS
 from lorakit.config.rules import CONTRADICTIONS, WARNINGS
 from lorakit.config.schema import TrainConfig
 from lorakit.config.source import (
@@ -89,14 +90,16 @@ def _check(written: Sequence[Setting], overrides: Sequence[str], file: Path | No
     config, invalid = _validate(known, name)
     problems += invalid
     unsure = {problem.key for problem in invalid}
-    for rule in CONTRADICTIONS:
+    for rule in (*CONTRADICTIONS, *QUANTIZATION_CONTRADICTIONS):
         if unsure.isdisjoint(rule.keys) and rule.broken(config):
             places = tuple(known[key].key_place for key in rule.keys if key in known)
             problems.append(Problem(rule.message, rule.keys[0], places, rule.hint))
     if problems:
         raise config_error(problems, name)
     warnings = tuple(
-        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}" for rule in WARNINGS if rule.broken(config)
+        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}"
+        for rule in (*WARNINGS, *QUANTIZATION_WARNINGS)
+        if rule.broken(config)
     )
     return Run(config, known, file, base_dir, warnings)
 

@@ -6,6 +6,7 @@ The result, written as YAML, is an ordinary configuration that resolves to the s
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -18,6 +19,8 @@ from pydantic import ConfigDict
 from lorakit import hardware
 from lorakit.config.load import Run
 from lorakit.config.problems import Problem, config_error, printable
+from lorakit.config.quantization import Kind, Quantization
+from lorakit.config.quantization_rules import asked_bits
 from lorakit.config.schema import TrainConfig
 from lorakit.config.source import Setting, near_names
 
@@ -26,8 +29,15 @@ _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # Y
 _COMMENT_COLUMN = 60
 _HUB_DATA = re.compile(r"\w[\w-]*/\w[\w-]*(\.\d[\w-]*)*", re.ASCII)  # owner/name, without a file's suffix
 _REGISTRY = "dataset_info.json"
-# of values that stand elsewhere
-_OTHER_SPELLINGS = ("disable_gradient_checkpointing", "neat_packing", "greater_is_better")
+_OTHER_SPELLINGS = (  # of values that stand elsewhere
+    "disable_gradient_checkpointing",
+    "neat_packing",
+    "greater_is_better",
+    "load_in_4bit",
+    "load_in_8bit",
+    "use_qlora",
+)
+_PRECISIONS: dict[str, hardware.Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class Resolved(TrainConfig):
@@ -48,6 +58,10 @@ class Resolved(TrainConfig):
     bf16: bool
     fp16: bool
     disable_gradient_checkpointing: None = None
+    load_in_4bit: None = None
+    load_in_8bit: None = None
+    use_qlora: None = None
+    quantization: Quantization | None  # of the base
     precision: hardware.Precision
     effective_batch: int  # sequences in one update
     origins: Mapping[str, str]
@@ -110,6 +124,7 @@ def resolve(run: Run) -> Resolved:
 
     problems += _resolve_paths(run, values, origins)
     problems += _resolve_precision(run, values, origins, warnings)
+    problems += _resolve_quantization(run, values, origins, warnings)
     if problems:
         raise config_error(problems, run.name)
     return Resolved(**values, origins=origins, warnings=tuple(warnings))
@@ -201,6 +216,50 @@ def _best_precision(config: TrainConfig) -> hardware.Precision:
     """The hardware's best, unless its key says false."""
     best = hardware.best_precision()
     return "fp32" if best == "bf16" and config.bf16 is False else best
+
+
+def _resolve_quantization(
+    run: Run, values: dict[str, Any], origins: dict[str, str], warnings: list[str]
+) -> list[Problem]:
+    """Gather the keys about quantisation in one value, or none."""
+    config, bits = run.config, next(iter(asked_bits(run.config)), None)
+    spellings = ("use_qlora", "load_in_4bit", "load_in_8bit")
+    if bits is not None and config.quantization_bit is None:
+        origins["quantization_bit"] = next(origins[key] for key in spellings if values[key])
+    values |= {**dict.fromkeys(spellings), "quantization_bit": bits, "quantization": None}
+    origins["quantization"] = "derived: the keys about quantisation"
+    if bits is None:
+        return []
+    if config.quantization_method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        place = run.settings["quantization_method"].value_place
+        message = "`quantization_method: bitsandbytes` needs a package that is not installed"
+        hint = "`pip install bitsandbytes`, or remove the key: lorakit's own layers hold the same numbers"
+        return [Problem(message, "quantization_method", (place,), hint)]
+    kind: Kind = "int8"
+    if bits == 4:
+        kind = values["quantization_type"] = config.quantization_type or "nf4"
+        values["double_quantization"] = config.double_quantization is not False
+    compute: hardware.Precision = _PRECISIONS.get(config.bnb_4bit_compute_dtype or "", values["precision"])
+    if not hardware.supports(compute):
+        origin, wanted = origins["bnb_4bit_compute_dtype"], config.bnb_4bit_compute_dtype
+        warnings.append(
+            f"{origin}: `bnb_4bit_compute_dtype: {wanted}` is not used, as this {hardware.device()} has no "
+            f"such arithmetic: computing in {values['precision']}"
+        )
+        compute, origins["bnb_4bit_compute_dtype"] = values["precision"], f"derived: not {wanted} ({origin})"
+    elif config.bnb_4bit_compute_dtype is None:
+        origins["bnb_4bit_compute_dtype"] = "derived: the run's precision"
+    values["bnb_4bit_compute_dtype"] = {short: name for name, short in _PRECISIONS.items()}[compute]
+    values["quantization"] = Quantization(
+        kind=kind,
+        double=bits == 4 and values["double_quantization"],
+        compute=compute,
+        method=config.quantization_method,
+        threshold=config.llm_int8_threshold or 0.0,
+        integer=config.int8_compute is not False,
+        skip=config.llm_int8_skip_modules or (),
+    )
+    return []
 
 
 def _absolute(text: str, base: Path) -> Path:

@@ -34,6 +34,7 @@ _FUSED = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
 _ADAM = (0.9, 0.999, 1e-8)  # the defaults
 HIGHER_IS_BETTER = ("exact_match", "field_f1")
 
+
 CONTRADICTIONS = (
     Rule(
         ("use_adalora", "use_dora"),

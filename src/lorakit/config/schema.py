@@ -61,6 +61,11 @@ def _fsdp(value: Any) -> Any:
     return bool(words) if words <= {"full_shard", "auto_wrap"} else value
 
 
+def _method(value: Any) -> Any:
+    """``bnb`` is LLaMA-Factory's name of bitsandbytes."""
+    return "bitsandbytes" if value == "bnb" else value
+
+
 def _endless(value: Any) -> Any:
     """-1 is what the Hugging Face trainer writes for "as many steps as the epochs give"."""
     return None if type(value) is int and value == -1 else value
@@ -70,7 +75,7 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 Paths = Annotated[Names, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
-STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora"
+STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora|loftq"
 Start = Annotated[str, Field(pattern=rf"^({STARTS}|pissa_niter_[0-9]{{1,3}})$")]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -127,7 +132,7 @@ class TrainConfig(BaseModel):
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
     """Learning rate of B as a multiple of that of A (LoRA+); one rate if left out."""
     init_lora_weights: Start = "kaiming"
-    """Start: kaiming, gaussian, normal, scaled_normal, orthogonal, pissa, pissa_niter_N or olora."""
+    """Start: kaiming, gaussian, normal, scaled_normal, orthogonal, pissa, pissa_niter_N, olora or loftq."""
     pissa_init: bool = False
     """Start from the weight's leading singular vectors (PiSSA)."""
     pissa_iter: Annotated[int, Field(ge=-1, le=999)] = 16
@@ -142,6 +147,29 @@ class TrainConfig(BaseModel):
     """Updates after the last rank is removed; a fifth of all if left out."""
     adalora_delta_t: Count = 1
     """Updates between two choices of the ranks to keep."""
+
+    quantization_bit: Literal[4, 8] | None = None
+    """Keep the frozen weights in so few bits (QLoRA); not quantised if left out."""
+    quantization_method: Annotated[Literal["native", "bitsandbytes"], BeforeValidator(_method)] = "native"
+    """Who computes with them: lorakit, or the layers of bitsandbytes (bnb)."""
+    quantization_type: Literal["nf4", "fp4"] | None = None
+    """Code of 4 bits; nf4 if left out."""
+    double_quantization: bool | None = None
+    """Quantise the constants of 4 bits, too; true if left out."""
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Number format of products with quantised weights; the run's precision if left out."""
+    llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
+    """With 8 bits, inputs above this are not rounded (LLM.int8); 0 or left out for none."""
+    int8_compute: bool | None = None
+    """With 8 bits, multiply on integers where that is fast and accurate; true if left out."""
+    llm_int8_skip_modules: Annotated[Names | None, BeforeValidator(_split)] = None
+    """Names of layers that stay as they are, besides the output head."""
+    load_in_4bit: bool | None = None
+    """The same as quantization_bit: 4."""
+    load_in_8bit: bool | None = None
+    """The same as quantization_bit: 8."""
+    use_qlora: bool | None = None
+    """The same as quantization_bit: 4."""
 
     dataset: Paths
     """Training rows: files, folders, patterns, names in dataset_info.json, or hub data sets."""

@@ -25,8 +25,9 @@ from lorakit.evals.evaluate import HeldOut, hold_out
 from lorakit.evals.objective import batching
 from lorakit.log import logger
 from lorakit.lowrank.budget import RankSchedule
-from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.load import check_vocabulary, dense_weights, load_model, load_tokenizer
 from lorakit.models.patch import can_pack
+from lorakit.models.quantized import quantization_of
 from lorakit.models.sources import ModelSource, locate
 from lorakit.training.engine import find_batch, make_plan
 from lorakit.training.loop import Plan
@@ -64,6 +65,7 @@ class Job:
     def notes(self, *, base_trained: bool = False) -> dict[str, Any]:
         """What is saved with the adapter; on the original base it is refused if the base was trained, too."""
         base = {**self.bound_to, "weights": "trained"} if base_trained else self.bound_to
+        kept = self.settings.quantization or quantization_of(self.model)  # asked for, or the file's own
         return {
             "base_model": self.settings.model_name_or_path,
             "revision": self.settings.model_revision,
@@ -72,6 +74,7 @@ class Job:
                 "template": self.template.notes(),
                 "text": self.text,
                 "base": base,
+                "quantization": kept and kept.to_dict(),
             },
             "texts": self.template.files(),
         }
@@ -116,7 +119,7 @@ def build(
     if batch is None or not settings.auto_find_batch_size:
         batch = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
     plan = make_plan(settings, lengths, ranks, batch)
-    _attach(model, settings, plan.steps)
+    _attach(model, settings, plan.steps, source)
     with batching(model, tokenizer, rows) as collate:
         check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
         if search:
@@ -136,6 +139,7 @@ def _load(settings: Resolved, source: ModelSource) -> PreTrainedModel:
         precision=settings.precision,
         device="cpu" if settings.deepspeed or settings.fsdp else hardware.device(),  # they place it themselves
         trust_remote_code=settings.trust_remote_code,
+        quantization=settings.quantization,
     )
 
 
@@ -150,14 +154,15 @@ def _check(settings: Resolved, model: PreTrainedModel, longest: int, ranks: int)
         raise UsageError("auto_find_batch_size: several processes would find several sizes", remedy="use one")
 
 
-def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
+def _attach(model: PreTrainedModel, settings: Resolved, steps: int, source: ModelSource) -> None:
     if settings.adapter_name_or_path is None:
-        attach(model, adapter_config(settings, steps), seed=settings.seed)
+        dense_weight = dense_weights(source, model) if settings.init_lora_weights == "loftq" else None
+        attach(model, adapter_config(settings, steps), seed=settings.seed, dense_weight=dense_weight)
     else:
         load_adapter(model, Path(settings.adapter_name_or_path))
         logger.info("going on with the adapter in %s: its rank and targets hold", settings.adapter_name_or_path)
     layers = adapter_layers(model).items()
-    kinds = Counter((path.rpartition(".")[2], tuple(layer.weight.shape)) for path, layer in layers)
+    kinds = Counter((path.rpartition(".")[2], layer.store.shape) for path, layer in layers)
     counted = count_parameters(model)
     logger.info(
         "%s on %s; %s of %s parameters train (%.3g %%)",

@@ -89,7 +89,7 @@ def _adapter(model: nn.Module) -> dict[str, Any]:
     sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     modules: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for path, layer in layers.items():
-        kind = (path.rpartition(".")[2], tuple(layer.weight.shape))
+        kind = (path.rpartition(".")[2], layer.store.shape)
         modules[kind] += 1
         sizes[kind] += sum(p.numel() for p in layer.adapters.parameters())
     return {

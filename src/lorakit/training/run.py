@@ -26,6 +26,7 @@ from lorakit.files import discard, low_space, write_json
 from lorakit.log import MetricsFile, logger
 from lorakit.models.memory import offloaded_state
 from lorakit.models.patch import attention
+from lorakit.models.quantized import quantization_of
 from lorakit.parallel.strategy import Strategy
 from lorakit.report.display import Display, make_display
 from lorakit.report.trackers import TrackedRun, Trackers
@@ -259,8 +260,8 @@ class Run:
 
     @contextlib.contextmanager
     def _merged(self, *, wanted: bool) -> Iterator[None]:
-        """Adapters merged for speed, where every rank has the whole model."""
-        if not (wanted and self.strategy.recovers):
+        """Adapters merged for speed, where every rank has the whole model and rounding does not eat them."""
+        if not (wanted and self.strategy.recovers and quantization_of(self.job.model) is None):
             yield
             return
         manager = LoRAManager(self.job.model)
