@@ -29,7 +29,7 @@ demo: $(STAMP) ## Train an adapter for a small real model and show what it is wo
 
 test: $(STAMP) ## Fetch the demo's model and data once, then run all tests offline
 	$(BIN)/lorakit demo --prepare
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 soak: $(STAMP) ## Kill runs and fill disks at every change that saving makes, for an hour or more
 	$(BIN)/python benchmarks/kill_matrix.py

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 
-# Programs that tests start inherit these. Set before transformers is imported, which reads them once.
+# Programs that tests start inherit these. Set before transformers and torch are imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PIP_NO_INDEX"] = "1"
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 CHATML = (
     "{% for message in messages %}"
