@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lorakit.training.optim import adamw
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -37,6 +36,10 @@ from lorakit.data.encode import Row
 from lorakit.files import write_json
 from lorakit.models.patch import packed
 from lorakit.models.quantized import Packed, format_of, place, quantisable
+from lorakit.optim.build import build_optimizer
+from lorakit.optim.spec import OptimizerSpec
+from lorakit.parallel.strategy import Strategy
+from lorakit.parallel.world import World
 from lorakit.training.step import train_step
 
 ARCHITECTURES = {  # hidden size, width of the MLP, layers, heads; 32,000 words
@@ -79,15 +82,15 @@ def measure(arch: str, bits: int, tokens: int, layers: int | None) -> dict[str, 
     ).train()
     assert isinstance(model, PreTrainedModel)
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    optimizer = adamw(model, rate=1e-4, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+    strategy = Strategy(model, build_optimizer(model, OptimizerSpec("adamw_torch", 1e-4)), World())
     trained = sum(p.nbytes for layer in adapter_layers(model).values() for p in layer.trainable())
     weights = size(model) - trained
     ids = tuple(torch.randint(model.config.vocab_size, (tokens,)).tolist())
     start = time.perf_counter()
     with packed(model):
-        result = train_step(model, [pack([Row(ids, ids)])], optimizer, 1.0)
+        result = train_step(strategy, [pack([Row(ids, ids)])], 1.0)
     seconds = time.perf_counter() - start
-    moments = sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+    moments = sum(t.nbytes for state in strategy.optimizer.state.values() for t in state.values())
     peak = hardware.memory_peak()
     rest = libraries + weights + 2 * trained + moments
     return {

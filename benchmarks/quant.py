@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lorakit.training.optim import adamw
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
@@ -32,6 +31,10 @@ from lorakit.data.collate import Batch, pack
 from lorakit.data.encode import Row
 from lorakit.files import write_json, write_text
 from lorakit.models.patch import packed
+from lorakit.optim.build import build_optimizer
+from lorakit.optim.spec import OptimizerSpec
+from lorakit.parallel.strategy import Strategy
+from lorakit.parallel.world import World
 from lorakit.quant.blockwise import FourBit
 from lorakit.quant.formats import Format
 from lorakit.quant.int8 import Int8
@@ -142,8 +145,8 @@ def race(models: dict[str, PreTrainedModel], tokens: int, rounds: int) -> dict[s
 def stepper(stack: contextlib.ExitStack, model: PreTrainedModel) -> Callable[[Batch], float]:
     """A function that trains one step and returns its loss."""
     stack.enter_context(packed(model))
-    optimizer = adamw(model, rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
-    return lambda rows: train_step(model, [rows], optimizer, 1.0).loss
+    strategy = Strategy(model, build_optimizer(model, OptimizerSpec("adamw_torch", 1e-3)), World())
+    return lambda rows: train_step(strategy, [rows], 1.0).loss
 
 
 def batch(tokens: int, seed: int) -> Batch:
