@@ -63,6 +63,10 @@ class MetricsFile:
         except OSError as error:
             if error.errno != errno.EINVAL:  # a file system without fsync
                 raise StorageError(f"cannot write {self._path}: {error.strerror}") from error
+        return self.size()
+
+    def size(self) -> int:
+        """Bytes of the file as it is, without what the disk refused."""
         return os.fstat(self._file.fileno()).st_size
 
     def _flush(self) -> None:

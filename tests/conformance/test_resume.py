@@ -1,9 +1,9 @@
 """Going on where a run was cut gives the run that was not, bit for bit: the whole matrix.
 
 {fp32, bf16} × {accumulation, packing, dropout, AdaLoRA, 8-bit optimizer, early stopping} × {after a checkpoint,
-in the middle of an accumulation, at the edge of an epoch}. Compared with the uninterrupted run: every tensor of
-the last checkpoint (weights, optimizer, generators, rank allocator), the adapter's file, the metrics, and the
-tokens of every batch that was still to come.
+in the middle of an accumulation, at the edge of an epoch}; two ranks are in test_resume_ranks.py. Compared with
+the uninterrupted run: every tensor of the last checkpoint (weights, optimizer, generators, rank allocator), the
+adapter's file, the metrics, and the tokens of every batch that was still to come.
 """
 
 from __future__ import annotations
@@ -101,20 +101,35 @@ def whole(
     precision, method = request.param
     if not hardware.supports(precision):
         pytest.skip(f"no {precision} arithmetic here")
-    folder = tmp_path_factory.mktemp("runs")
-    keys = {
-        "model_name_or_path": str(tiny_llama), "dataset": str(data), "tokenized_path": str(data.parent / "enc"),
-        "bf16": precision == "bf16", "lora_rank": 4, "learning_rate": 0.01, "warmup_steps": 2,
-        "warmup_start_factor": 0.1, "max_steps": STEPS, "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2, "logging_steps": 3, "save_steps": 2, "plot_loss": False,
-        "preprocessing_num_workers": 1,
-    } | METHODS[method]  # fmt: skip
+    folder, keys = tmp_path_factory.mktemp("runs"), keys_of(tiny_llama, data, precision) | METHODS[method]
     if method == "early stopping":
         keys["eval_dataset"] = str(data.with_name("other.jsonl"))
     with watched() as passes:
         train(keys | {"output_dir": str(folder / "whole")})
     last = last_state(folder / "whole").values["progress"]["step"]
     return Whole(folder / "whole", keys, passes[1:], last)  # without the one that tries the largest batch
+
+
+def keys_of(model: Path, data: Path, precision: str) -> dict[str, Any]:
+    """Settings that all runs share."""
+    return {
+        "model_name_or_path": str(model), "dataset": str(data), "tokenized_path": str(data.parent / "enc"),
+        "bf16": precision == "bf16", "lora_rank": 4, "learning_rate": 0.01, "warmup_steps": 2,
+        "warmup_start_factor": 0.1, "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2, "logging_steps": 3, "save_steps": 2, "plot_loss": False,
+        "preprocessing_num_workers": 1,
+    }  # fmt: skip
+
+
+def killed_after(step: int, whole: Path, run: Path) -> Path:
+    """Beyond ``step`` there are metrics, and checkpoints that a power failure damaged."""
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "adapter")
+    (run / "run.json").unlink()
+    for later in snapshots(run):
+        if later.name > f"checkpoint-{step}":
+            os.truncate(later / "state.safetensors", 1000)
+    return run
 
 
 def last_state(run: Path) -> State:
@@ -153,14 +168,7 @@ def test_the_runs_are_what_they_claim(whole: Whole) -> None:
 
 @pytest.mark.parametrize("step", [BOUNDARY, EDGE])
 def test_killed_after_a_checkpoint(whole: Whole, tmp_path: Path, step: int) -> None:
-    """Metrics, and later checkpoints that a power failure damaged, exist beyond it."""
-    run = tmp_path / "run"
-    shutil.copytree(whole.folder, run)
-    shutil.rmtree(run / "adapter")
-    (run / "run.json").unlink()
-    for later in snapshots(run):
-        if later.name > f"checkpoint-{step}":
-            os.truncate(later / "state.safetensors", 1000)
+    run = killed_after(step, whole.folder, tmp_path / "run")
     with watched() as passes:
         train(whole.keys | {"output_dir": str(run)}, resume=True)
     check_same(run, whole, passes[1:])

@@ -18,9 +18,7 @@ from lorakit.adapters.attach import adapter_layers
 from lorakit.checkpoint.peft_format import load_adapter
 from lorakit.checkpoint.snapshot import read_snapshot
 from lorakit.cli.main import main
-from lorakit.errors import (
-    Interrupted,
-)
+from lorakit.errors import Interrupted, StorageError
 from lorakit.training.recipe import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -152,3 +150,39 @@ class TestGoingOnWithAnAdapter:
             "max_steps": 1,
         }
         train(new)
+
+
+class TestFallback:
+    """The disk of output_dir goes away in the middle of a run."""
+
+    def test_the_state_is_saved_elsewhere_and_goes_on_from_there(
+        self, settings: dict[str, Any], run: Path, tmp_path: Path
+    ) -> None:
+        whole = train(settings | {"output_dir": str(tmp_path / "whole")})
+        keys = settings | {"save_fallback_dir": str(tmp_path / "spare")}
+        away, spare = tmp_path / "away", tmp_path / "spare" / run.name
+        lost, stopped = at_pass(6, lambda ids: run.rename(away)), at_pass(11, send(signal.SIGTERM))
+        with lost, stopped, pytest.raises((Interrupted, StorageError)):
+            train(keys)
+        assert steps(away) == [2]
+        assert steps(spare) == [4]
+        assert any(f"the checkpoint is {spare / 'checkpoint-4'}" in note for note in notes(away))
+        shutil.rmtree(run, ignore_errors=True)
+        away.rename(run)
+        shutil.copytree(spare / "checkpoint-4", run / "checkpoint-4")
+        resumed = train(keys, resume=True)
+        assert "going on after update 4" in " ".join(notes(run))
+        for name in ("adapter_model.safetensors", "adapter_config.json"):
+            assert (resumed.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+    def test_what_another_run_left_there_stays(
+        self, settings: dict[str, Any], run: Path, tmp_path: Path
+    ) -> None:
+        taken = tmp_path / "spare" / run.name / "checkpoint-4"
+        taken.mkdir(parents=True)
+        (taken / "mine").write_text("kept")
+        away = tmp_path / "away"
+        with at_pass(6, lambda ids: run.rename(away)), pytest.raises(StorageError):
+            train(settings | {"save_fallback_dir": str(tmp_path / "spare"), "on_save_error": "stop"})
+        assert [path.name for path in taken.iterdir()] == ["mine"]
+        assert any("another run's" in note for note in notes(away))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 from training_runs import ROWS, at_pass, events, notes, steps, write_rows
-from transformers import AutoModelForCausalLM
 
 from lorakit.checkpoint.snapshot import read_snapshot, snapshots
 from lorakit.errors import (
@@ -31,30 +30,24 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 Log = pytest.LogCaptureFixture
 
 
-@pytest.fixture(scope="module")
-def hollow_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with an input embedding of its own, in which the token of ``~`` is infinite."""
-    folder = tmp_path_factory.mktemp("hollow") / "model"
-    shutil.copytree(tiny_llama, folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    model.config.tie_word_embeddings = False
-    model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.detach().clone())
-    vocabulary = json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"]
-    model.model.embed_tokens.weight.data[vocabulary["~"]] = math.inf
-    model.save_pretrained(folder)
-    return folder
-
-
 class TestNotFinite:
     @pytest.fixture
-    def settings(self, settings: dict[str, Any], hollow_llama: Path, tmp_path: Path) -> dict[str, Any]:
-        """One row of twelve has the infinite token."""
+    def settings(self, settings: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> Iterator[dict[str, Any]]:
+        """One row of twelve has a token for which the embedding layer answers with infinity."""
         rows = [{"instruction": f"{i} dog", "output": f"{i * i}"} for i in range(ROWS - 1)]
         write_rows(tmp_path / "rows.jsonl", [*rows, {"instruction": "a ~ b", "output": "c"}])
-        return settings | {
-            "model_name_or_path": str(hollow_llama), "dataset": str(tmp_path / "rows.jsonl"),
-            "tokenized_path": str(tmp_path / "encoded"),
+        token = json.loads((tiny_llama / "tokenizer.json").read_text())["model"]["vocab"]["~"]
+
+        def spoil(module: nn.Module, given: Any, output: torch.Tensor) -> torch.Tensor:
+            if not isinstance(module, nn.Embedding):
+                return output
+            return output.masked_fill((given[0] == token)[..., None], math.inf)
+
+        handle = register_module_forward_hook(spoil)
+        yield settings | {
+            "dataset": str(tmp_path / "rows.jsonl"), "tokenized_path": str(tmp_path / "encoded"),
         }  # fmt: skip
+        handle.remove()
 
     def check_dump(self, run: Path, step: int) -> None:
         dump = json.loads((run / f"nonfinite-{step}.json").read_text())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import bitsandbytes.functional
@@ -13,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorakit import add_lora_to_model
+from lorakit import add_lora_to_model, train
 from lorakit.adapters.attach import adapter_layers
 from lorakit.config.schema import TrainConfig
 from lorakit.errors import UsageError
@@ -190,6 +192,15 @@ def test_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
         UsageError, match=r"adamw_8bit needs bitsandbytes(.|\n)*pip install 'bitsandbytes>=0\.50'"
     ):
         build_optimizer(Weights(), spec("adamw_8bit"))
+
+
+def test_a_missing_bitsandbytes_is_found_before_a_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    settings = {"model_name_or_path": str(tmp_path), "dataset": "no.jsonl", "output_dir": "run"}
+    with pytest.raises(UsageError, match="adamw_8bit needs bitsandbytes"):
+        train(settings | {"optim": "adamw_bnb_8bit"})
 
 
 def test_an_old_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:

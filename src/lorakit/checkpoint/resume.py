@@ -31,10 +31,10 @@ _HARMLESS = frozenset((
     "preprocessing_num_workers", "dataloader_num_workers", "overwrite_cache", "tokenized_path",
     "output_dir", "overwrite_output_dir", "adapter_name_or_path", "resume_from_checkpoint", "logging_steps",
     "logging_first_step", "logging_dir", "plot_loss", "report_to", "run_name", "save_strategy",
-    "save_steps", "save_total_limit", "on_save_error", "on_nonfinite", "max_nonfinite_updates",
-    "ddp_timeout", "eval_dataset", "eval_strategy", "eval_steps", "eval_delay", "do_eval", "eval_on_start",
-    "per_device_eval_batch_size", "predict_with_generate", "max_new_tokens", "load_best_model_at_end",
-    "metric_for_best_model", "early_stopping_steps", "deepspeed", "fsdp",
+    "save_steps", "save_total_limit", "on_save_error", "save_fallback_dir", "on_nonfinite",
+    "max_nonfinite_updates", "ddp_timeout", "eval_dataset", "eval_strategy", "eval_steps", "eval_delay",
+    "do_eval", "eval_on_start", "per_device_eval_batch_size", "predict_with_generate", "max_new_tokens",
+    "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps", "deepspeed", "fsdp",
 ))  # fmt: skip
 
 

@@ -320,6 +320,8 @@ class TrainConfig(BaseModel):
     """Keep so many checkpoints, and always the newest, the best and the one that was resumed from."""
     on_save_error: Literal["continue", "stop"] = "continue"
     """When a checkpoint cannot be written: go on and try again, or stop."""
+    save_fallback_dir: Text | None = None
+    """Folder on another disk for checkpoints that the disk of output_dir refuses."""
     resume_from_checkpoint: Text | bool | None = None
     """Checkpoint to go on from: a folder, or true for the newest good one in output_dir."""
     report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_trackers)] = ()

@@ -18,7 +18,7 @@ from torch import nn
 from lorakit.adapters.attach import adapter_layers
 from lorakit.errors import UsageError
 from lorakit.log import logger
-from lorakit.optim.spec import OptimizerSpec
+from lorakit.optim.spec import BITSANDBYTES_REMEDY, OptimizerSpec
 
 
 def build_optimizer(model: nn.Module, spec: OptimizerSpec) -> torch.optim.Optimizer:
@@ -83,16 +83,17 @@ def _paged(name: str, found: list[dict[str, Any]]) -> bool:
 
 def _bitsandbytes(name: str) -> ModuleType:
     """Bitsandbytes, without what it says about other packages when it is imported."""
-    remedy = "pip install 'bitsandbytes>=0.50', or write optim: adamw_torch"
     chatter = logging.getLogger("bitsandbytes")
     level = chatter.level
     chatter.setLevel(logging.ERROR)
     try:
         module = importlib.import_module("bitsandbytes")
     except ImportError as error:
-        raise UsageError(f"optim: {name} needs bitsandbytes ({error})", remedy=remedy) from error
+        raise UsageError(f"optim: {name} needs bitsandbytes ({error})", remedy=BITSANDBYTES_REMEDY) from error
     finally:
         chatter.setLevel(level)
     if tuple(int(part) for part in module.__version__.split(".")[:2]) < (0, 50):
-        raise UsageError(f"optim: {name} needs a newer bitsandbytes than {module.__version__}", remedy=remedy)
+        raise UsageError(
+            f"optim: {name} needs a newer bitsandbytes than {module.__version__}", remedy=BITSANDBYTES_REMEDY
+        )
     return module

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 from lorakit.config.resolve import Resolved
+from lorakit.errors import UsageError
 from lorakit.optim.schedule import check_schedule
 from lorakit.optim.settings import parse
-from lorakit.optim.spec import OptimizerSpec
+from lorakit.optim.spec import BITSANDBYTES_REMEDY, OF_BITSANDBYTES, OptimizerSpec
 
 
 def optimizer_spec(settings: Resolved) -> OptimizerSpec:
@@ -31,5 +34,7 @@ def check_numbers(settings: Resolved) -> None:
     Raises:
         UsageError: naming the key.
     """
-    optimizer_spec(settings)
+    name = optimizer_spec(settings).name
+    if name in OF_BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
+        raise UsageError(f"optim: {name} needs bitsandbytes", remedy=BITSANDBYTES_REMEDY)
     check_schedule(settings.lr_scheduler_type, settings.lr_scheduler_kwargs or {}, settings.learning_rate)

@@ -26,6 +26,8 @@ ALIASES = {
     "adamw_hf": "adamw_torch",  # the same algorithm; transformers no longer has its own
     "adamw_bnb_8bit": "adamw_8bit",
 }
+OF_BITSANDBYTES = frozenset(("adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"))
+BITSANDBYTES_REMEDY = "pip install 'bitsandbytes>=0.50', or write optim: adamw_torch"
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Run:
         self.grade: str | None = None
         self._display: Display = make_display(job.plan.steps, None if self.world.first else self._silence())
         self._unfrozen = False
+        self._aside: Path | None = None  # the checkpoint in save_fallback_dir
         self._attention = job.model.config._attn_implementation  # for evaluations; `fit` packs
         if self.world.rank:  # each rank drops other activations
             torch.manual_seed(job.settings.seed + _RANK_SEED * self.world.rank)
@@ -82,6 +83,8 @@ class Run:
     def fit(self) -> None:
         """Train; what it raises, `Loop.run` tells. The state is saved before an error leaves here."""
         job = self.job
+        if self.world.first:  # a checkpoint has the weights, alone and in the state, and AdamW's two moments
+            self._check_space(4 * sum(p.nbytes for p in job.model.parameters() if p.requires_grad))
         hooks = Hooks(
             on_step=self._display.advance,
             on_log=self._log,
@@ -128,7 +131,7 @@ class Run:
                 try:
                     self._write(state)
                 except StorageError as error:
-                    failed = error.message
+                    failed = None if self._write_aside(state, error) else error.message
         (failed, *_) = self.world.gather(failed)
         if failed is not None:
             raise StorageError(failed, remedy="free some space; older checkpoints are untouched")
@@ -175,13 +178,41 @@ class Run:
 
     def _write(self, state: State) -> None:
         settings, progress = self.job.settings, self.progress
-        warning = low_space(self.folder.path, 2 * snapshot_bytes(state))
-        if warning:
-            self._note(f"warning: {warning}")
+        self._check_space(snapshot_bytes(state))
         state.values["metrics_bytes"] = self.metrics.settle()
         write_snapshot(self.folder.checkpoint(progress.step), state, self._fill)
         pinned = [self.folder.checkpoint(progress.best_step)] + ([self.source.path] if self.source else [])
         prune(self.folder.path, settings.save_total_limit, pinned)
+
+    def _check_space(self, checkpoint: int) -> None:
+        """Warn if two checkpoints of so many bytes do not fit: an old one goes after the new one is whole."""
+        warning = low_space(self.folder.path, 2 * checkpoint)
+        if warning:
+            self._note(f"warning: {warning}")
+
+    def _write_aside(self, state: State, refusal: StorageError) -> bool:
+        """Write the checkpoint that the disk of the run refused into ``save_fallback_dir``, if there is one."""
+        if self.job.settings.save_fallback_dir is None:
+            return False
+        place = Path(self.job.settings.save_fallback_dir, self.folder.path.resolve().name)
+        target = place / self.folder.checkpoint(self.progress.step).name
+        state.values["metrics_bytes"] = self.metrics.size()
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+            if target.exists() and target != self._aside:
+                raise StorageError(f"{target} is another run's")
+            write_snapshot(target, state, self._fill)
+            if self._aside and self._aside != target:
+                discard(self._aside)
+        except (OSError, StorageError) as error:
+            self._note(f"ALARM: nor can it be written to {place}: {error}")
+            return False
+        self._aside = target
+        self._note(
+            f"ALARM: {refusal.message}; the checkpoint is {target}: "
+            "to go on from it, copy it into output_dir and give --resume auto"
+        )
+        return True
 
     def _fill(self, stage: Path) -> None:
         fill_adapter(self.job.model, stage, **self.job.notes(base_trained=self._unfrozen))
