@@ -17,7 +17,7 @@ from lorakit.adapters.methods import METHODS, Adapter
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.errors import UsageError
 from lorakit.lowrank.inits import Origin
-from lorakit.ops.linear import lora_linear
+from lorakit.ops.linear import dropout_fits, lora_linear
 from lorakit.quant.modules import keep
 from lorakit.quant.store import DenseStore, Store, refuse_lossy, store_of
 
@@ -63,10 +63,11 @@ class AdapterLayer(Carrier):
     def run_all(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and update in one `lora_linear` where that is all there is to do."""
         only, store = self.adapter(names[0]), self.store
-        if len(names) == 1 and self._fused(only, store):
+        p = only.dropout if self.training else 0.0
+        if len(names) == 1 and self._fused(only, store) and (not p or dropout_fits(x)):
             A, B = only.method.factors(only)
             W = self.host.matrix(store.read()) if isinstance(store, DenseStore) else store
-            return lora_linear(x, W, self.base.bias, A, B, only.scaling)  # type: ignore[arg-type]
+            return lora_linear(x, W, self.base.bias, A, B, only.scaling, p)  # type: ignore[arg-type]
         return super().run_all(names, x, *args, **kwargs)
 
     def run(self, names: tuple[str, ...], x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,12 +78,11 @@ class AdapterLayer(Carrier):
         return y
 
     def _fused(self, adapter: Adapter, store: Store) -> bool:
-        """A plain update on a linear layer, without dropout or hooks on the base."""
+        """A plain update on a linear layer, without hooks on the base."""
         return (
             self.host.linear
             and store.fusable
             and adapter.method.additive
-            and not (adapter.dropout and self.training)
             and not self.base._forward_hooks
             and all(hook is keep for hook in self.base._forward_pre_hooks.values())
         )

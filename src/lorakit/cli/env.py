@@ -17,9 +17,12 @@ def env(as_json: bool) -> None:
     """Print the machine, the number formats it computes in, and the versions of the packages that matter."""
     from lorakit import hardware
     from lorakit.files import cache_folder
+    from lorakit.ops import native
 
     formats = [name for name in ("fp32", "bf16", "fp16") if hardware.supports(name)]
-    facts = {**hardware.summary(), "computes_in": ", ".join(formats), "cache": str(cache_folder())}
+    passes = "C++, compiled here" if native.library() else "PyTorch"
+    facts = {**hardware.summary(), "computes_in": ", ".join(formats), "passes": passes}
+    facts["cache"] = str(cache_folder())
     emit({**facts, **{name: _version(name) for name in _PACKAGES}}, as_json)
 
 

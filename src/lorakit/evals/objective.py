@@ -14,6 +14,7 @@ from lorakit.data.store import lengths_of
 from lorakit.errors import MemoryLimitError
 from lorakit.hardware import is_out_of_memory
 from lorakit.log import logger
+from lorakit.models.fast import fast, loss_head, targets
 from lorakit.models.patch import can_pack, packed
 from lorakit.ops.loss import cross_entropy_sum
 
@@ -61,16 +62,18 @@ def batching(
 ) -> Iterator[Collate]:
     """Within the block, the function that turns rows into batches which this model takes."""
     if can_pack(model, longest=max(lengths_of(rows))):
-        with packed(model):
+        with packed(model), fast(model, attention=True), loss_head(model):
             yield lambda chosen: pack(chosen).to(model.device)
     else:
-        yield lambda chosen: pad(chosen, tokenizer.pad_token_id).to(model.device)
+        with fast(model, attention=False):
+            yield lambda chosen: pad(chosen, tokenizer.pad_token_id).to(model.device)
 
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """Σ −log p over the supervised tokens of one batch; packed, only their positions get logits at all."""
     if batch.packed:
-        logits_BNV = model(**batch.inputs, logits_to_keep=batch.keep_N, use_cache=False).logits
-        return cross_entropy_sum(logits_BNV[0], batch.targets_N)
+        with targets(batch.targets_N):
+            found = model(**batch.inputs, logits_to_keep=batch.keep_N, use_cache=False).logits
+        return found if found.dim() == 0 else cross_entropy_sum(found[0], batch.targets_N)
     logits_BTV = model(**batch.inputs, use_cache=False).logits
     return cross_entropy_sum(logits_BTV.flatten(0, 1)[batch.keep_N], batch.targets_N)

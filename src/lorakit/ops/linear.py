@@ -1,8 +1,10 @@
-"""The LoRA linear product: ``y = x Wᵀ + b + s · (x Aᵀ) Bᵀ`` with W frozen.
+"""The LoRA linear product: ``y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ`` with W frozen.
 
-`lora_linear_reference` is the definition. `lora_linear` computes the same with one autograd node, which
-saves only x and ``h = x Aᵀ`` (the reference also keeps the product of the update) and accumulates the update
-into y and into the gradient of x in place. `frozen_linear` is the product without an update.
+`lora_linear_reference` is the definition. `lora_linear` computes the same with one autograd node, which saves
+only x and ``h = drop(x) Aᵀ`` (the reference also keeps the product of the update and what was dropped) and
+accumulates the update into y and into the gradient of x in place. On a CPU the thin products with A and B are
+passes of C++ in float32 that read x, y and their gradients once, and make dropout's mask as they go; a matrix
+product with 8 columns is no work for matrix units. `frozen_linear` is the product without an update.
 
 W is a dense tensor, or a `Frozen` weight in a few bits. That one is read in the forward pass and once more in
 the backward pass; nothing dense of it is kept in between.
@@ -19,50 +21,149 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from lorakit.ops import native
+from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.frozen import Frozen
+
+_THIN = 32  # ranks up to which C++ passes beat matrix products
 
 
 def lora_linear_reference(
-    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float = 0.0
 ) -> Tensor:
     """The formula of LoRA (arXiv 2106.09685, §4.1) in plain autograd; A and B are cast to x's dtype."""
-    h = F.linear(x, A.to(x.dtype))
+    h = F.linear(F.dropout(x, p), A.to(x.dtype))
     return F.linear(x, W, bias) + scaling * F.linear(h, B.to(x.dtype))
+
+
+class _Thin:
+    """The products with A and B as matrix products, for any device and rank."""
+
+    @staticmethod
+    def down(x_NI: Tensor, A: Tensor, mask: Mask) -> Tensor:
+        return _masked(x_NI, mask) @ A.to(x_NI.dtype).T
+
+    @staticmethod
+    def up(y_NO: Tensor, h_NR: Tensor, B: Tensor, scaling: float) -> None:
+        y_NO.addmm_(h_NR, B.to(y_NO.dtype).T, alpha=scaling)
+
+    @staticmethod
+    def up_back(g_NO: Tensor, h_NR: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        gh_NR = (g_NO @ B.to(g_NO.dtype)).mul_(scaling)
+        return gh_NR, (g_NO.T @ h_NR).to(B.dtype).mul_(scaling)
+
+    @staticmethod
+    def down_back(
+        gx_NI: Tensor | None, x_NI: Tensor | None, A: Tensor, gh_NR: Tensor, mask: Mask
+    ) -> Tensor | None:
+        grad_A = None if x_NI is None else (gh_NR.T @ _masked(x_NI, mask)).to(A.dtype)
+        if gx_NI is not None and mask.threshold:
+            gx_NI.add_(_masked(gh_NR @ A.to(gh_NR.dtype), mask))
+        elif gx_NI is not None:
+            gx_NI.addmm_(gh_NR, A.to(gh_NR.dtype))
+        return grad_A
+
+
+class _Passes:
+    """The same as passes of C++, with h and its gradient in float32."""
+
+    @staticmethod
+    def down(x_NI: Tensor, A: Tensor, mask: Mask) -> Tensor:
+        h_NR = x_NI.new_empty(len(x_NI), len(A), dtype=torch.float32)
+        native.run("lora_down", x_NI.dtype, x_NI, A, h_NR, *x_NI.shape, len(A), *mask.arguments())
+        return h_NR
+
+    @staticmethod
+    def up(y_NO: Tensor, h_NR: Tensor, B: Tensor, scaling: float) -> None:
+        Bt_RO = B.T.contiguous()
+        native.run("lora_up", y_NO.dtype, y_NO, h_NR, Bt_RO, *y_NO.shape, len(Bt_RO), float(scaling))
+
+    @staticmethod
+    def up_back(g_NO: Tensor, h_NR: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+        Bt_RO, gh_NR = B.T.contiguous(), torch.empty_like(h_NR)
+        gBt_RO = torch.zeros_like(Bt_RO)
+        native.run(
+            "lora_up_back",
+            g_NO.dtype,
+            g_NO,
+            h_NR,
+            Bt_RO,
+            gh_NR,
+            gBt_RO,
+            *g_NO.shape,
+            len(Bt_RO),
+            float(scaling),
+        )
+        return gh_NR, gBt_RO.T
+
+    @staticmethod
+    def down_back(
+        gx_NI: Tensor | None, x_NI: Tensor | None, A: Tensor, gh_NR: Tensor, mask: Mask
+    ) -> Tensor | None:
+        grad_A = None if x_NI is None else torch.zeros_like(A)
+        like = x_NI if gx_NI is None else gx_NI
+        if like is not None:
+            native.run(
+                "lora_down_back",
+                like.dtype,
+                gx_NI,
+                x_NI,
+                A,
+                gh_NR,
+                grad_A,
+                *like.shape,
+                len(A),
+                *mask.arguments(),
+            )
+        return grad_A
+
+
+def _thin(x_NI: Tensor, A: Tensor, B: Tensor) -> type[_Thin] | type[_Passes]:
+    """Who computes the thin products of these."""
+    small = len(A) <= _THIN and A.dtype == B.dtype == torch.float32 and A.is_contiguous()
+    return _Passes if small and native.fits(x_NI) else _Thin
+
+
+def _masked(x_NI: Tensor, mask: Mask) -> Tensor:
+    return mask.applied(x_NI) if mask.threshold else x_NI
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, W: Tensor | Frozen, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+        ctx: Any,
+        x: Tensor,
+        W: Tensor | Frozen,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        scaling: float,
+        mask: Mask,
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        h_NR = x_NI @ A.to(x.dtype).T
+        thin = _thin(x_NI, A, B)
+        h_NR = thin.down(x_NI, A, mask)
         y_NO = _times(W, x_NI, bias)
-        y_NO.addmm_(h_NR, B.to(x.dtype).T, alpha=scaling)
+        thin.up(y_NO, h_NR, B, scaling)
         dense, ctx.frozen = (W, None) if isinstance(W, Tensor) else (None, W)
         # A frozen A (LoRA-FA) needs no x in the backward pass: its activation memory is saved.
         ctx.save_for_backward(x_NI if ctx.needs_input_grad[3] else None, h_NR, dense, A, B)
-        ctx.scaling = scaling
-        ctx.shape = x.shape
+        ctx.thin, ctx.scaling, ctx.mask, ctx.shape = thin, scaling, mask, x.shape
         return y_NO.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
     @once_differentiable  # h is saved as a number: a second derivative would be wrong without a word
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, h_NR, W, A, B = ctx.saved_tensors
-        g_NO = grads[0].reshape(-1, B.shape[0])
-        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
-        grad_x = grad_A = grad_B = None
-        if need_B:
-            grad_B = (g_NO.T @ h_NR).to(B.dtype).mul_(ctx.scaling)
-        if need_x or need_A:
-            gh_NR = (g_NO @ B.to(g_NO.dtype)).mul_(ctx.scaling)
-            if need_A:
-                grad_A = (gh_NR.T @ x_NI).to(A.dtype)
-            if need_x:
-                grad_x = g_NO @ W if ctx.frozen is None else ctx.frozen.back(g_NO)
-                grad_x = grad_x.addmm_(gh_NR, A.to(g_NO.dtype)).view(ctx.shape)
-        return grad_x, None, None, grad_A, grad_B, None
+        g_NO = grads[0].reshape(-1, B.shape[0]).contiguous()
+        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
+        gh_NR, grad_B = ctx.thin.up_back(g_NO, h_NR, B, ctx.scaling)
+        grad_x = None
+        if need_x:
+            grad_x = g_NO @ W if ctx.frozen is None else ctx.frozen.back(g_NO)
+        grad_A = ctx.thin.down_back(grad_x, x_NI, A, gh_NR, ctx.mask)
+        grad_x = None if grad_x is None else grad_x.view(ctx.shape)
+        return grad_x, None, None, grad_A if need_A else None, grad_B if need_B else None, None, None
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -87,22 +188,29 @@ def _times(W: Tensor | Frozen, x_NI: Tensor, bias: Tensor | None) -> Tensor:
     return y_NO if bias is None else y_NO.add_(bias)
 
 
+def dropout_fits(x: Tensor) -> bool:
+    """Whether `lora_linear` takes p > 0 for x: elsewhere F.dropout is the faster one."""
+    return native.fits(x)
+
+
 def lora_linear(
-    x: Tensor, W: Tensor | Frozen, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float
+    x: Tensor, W: Tensor | Frozen, bias: Tensor | None, A: Tensor, B: Tensor, scaling: float, p: float = 0.0
 ) -> Tensor:
     """`lora_linear_reference`, faster, for a frozen W; y has the dtype of x, or autocast's.
 
     With a dense W it falls back to the reference where one autograd node cannot serve: a trainable W or bias,
-    autocast (which chooses dtypes per product), or x in another dtype than W.
+    autocast (which chooses dtypes per product), or x in another dtype than W. Dropout takes an x that
+    `dropout_fits`.
     """
     trained = bias is not None and bias.requires_grad
+    mask = draw_mask(p) if p else NOTHING
     if isinstance(W, Tensor):
         if trained or W.requires_grad or x.dtype != W.dtype or torch.is_autocast_enabled(x.device.type):
-            return lora_linear_reference(x, W, bias, A, B, scaling)
-        return _LoRALinear.apply(x, W, bias, A, B, scaling)
+            return lora_linear_reference(x, W, bias, A, B, scaling, p)
+        return _LoRALinear.apply(x, W, bias, A, B, scaling, mask)
     dtype, wanted = _dtypes(x, W)
     inside = None if bias is None or trained else bias.to(dtype)
-    y: Tensor = _LoRALinear.apply(x.to(dtype), W, inside, A, B, scaling)
+    y: Tensor = _LoRALinear.apply(x.to(dtype), W, inside, A, B, scaling, mask)
     return (y + bias.to(dtype) if trained and bias is not None else y).to(wanted)
 
 

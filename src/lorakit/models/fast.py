@@ -1,0 +1,136 @@
+"""lorakit's operations inside a transformers model, instance by instance and with an undo.
+
+Norms, gated MLPs and the attention of known families compute by ops/, which give the same function in fewer
+passes over memory; the output head gives the loss instead of logits. What is not known stays as it is: every
+model trains, with or without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from lorakit.ops import native
+from lorakit.ops.attention import packed_attention
+from lorakit.ops.gated import Act, gated
+from lorakit.ops.loss import linear_cross_entropy_sum
+from lorakit.ops.norm import rms_norm
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Classes of transformers whose forward is the formula of ops/; tests/conformance/test_fast.py compares each.
+NORMS = {  # and the offset of the weight
+    **dict.fromkeys(("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"), 0.0),
+    **dict.fromkeys(("Phi3RMSNorm", "SmolLM3RMSNorm"), 0.0),
+    **dict.fromkeys(("Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
+}
+MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Gemma2MLP", "Gemma3MLP"}
+ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
+_ACTS: dict[str, Act] = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
+
+_targets: ContextVar[Tensor | None] = ContextVar("targets", default=None)
+
+
+@contextlib.contextmanager
+def fast(model: PreTrainedModel, *, attention: bool) -> Iterator[None]:
+    """Within the block, known parts compute by ops/, ``attention`` too where batches are packed."""
+    with contextlib.ExitStack() as stack:
+        for module in model.modules():
+            forward = _forward(module, attention)
+            if forward is not None:
+                stack.enter_context(_replaced(module, forward))
+        yield
+
+
+@contextlib.contextmanager
+def loss_head(model: PreTrainedModel) -> Iterator[None]:
+    """Within the block, the frozen output head gives the summed loss where `targets` are known."""
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.bias is None and not head._forward_hooks:
+        with _replaced(head, functools.partial(_loss_or_logits, head, head.forward)):
+            yield
+    else:
+        yield
+
+
+@contextlib.contextmanager
+def targets(targets_N: Tensor) -> Iterator[None]:
+    """The label of each position that the head is given, for a model in `loss_head`."""
+    token = _targets.set(targets_N)
+    try:
+        yield
+    finally:
+        _targets.reset(token)
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    module.forward = forward  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del module.forward  # the class's own again
+
+
+def _forward(module: nn.Module, attention: bool) -> Callable[..., Any] | None:
+    """What the module is to compute by, if it is known."""
+    kind = type(module).__name__
+    if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
+        return None
+    if kind in NORMS:
+        return functools.partial(_norm, module, NORMS[kind])
+    if kind in MLPS and (act := _ACTS.get(type(module.act_fn).__name__)):
+        return functools.partial(_mlp, module, act)
+    if kind in ATTENTIONS and attention and native.library() is not None:
+        return functools.partial(_attention, module)
+    return None
+
+
+def _norm(module: Any, offset: float, hidden_states: Tensor) -> Tensor:
+    eps = module.eps if offset else module.variance_epsilon
+    return rms_norm(hidden_states, module.weight, eps, offset)
+
+
+def _mlp(module: Any, act: Act, x: Tensor) -> Tensor:
+    down: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), act))
+    return down
+
+
+def _attention(
+    module: Any,
+    hidden_states: Tensor,
+    position_embeddings: tuple[Tensor, Tensor],
+    attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
+    """Projections and attention of one flat batch [1, T, C], which turns q and k as it gathers them."""
+    lengths = given["segment_lengths"].lengths
+    total = hidden_states.shape[1]
+    q_THD, k_TGD, v_TGD = (
+        project(hidden_states).view(total, -1, module.head_dim)
+        for project in (module.q_proj, module.k_proj, module.v_proj)
+    )
+    if "Qwen3" in type(module).__name__:
+        q_THD, k_TGD = module.q_norm(q_THD), module.k_norm(k_TGD)
+    angles = (position_embeddings[0][0], position_embeddings[1][0])
+    turned = (x.transpose(0, 1) for x in (q_THD, k_TGD, v_TGD))
+    out_HTD = _outside_compiled(*turned, lengths, module.scaling, angles)
+    return module.o_proj(out_HTD.transpose(0, 1).reshape(1, total, -1)), None
+
+
+_outside_compiled = torch.compiler.disable(packed_attention)  # else compiled anew for each layout
+
+
+def _loss_or_logits(head: nn.Linear, logits: Callable[[Tensor], Tensor], x_BND: Tensor) -> Tensor:
+    labels_N = _targets.get()
+    if labels_N is None or head.weight.requires_grad or x_BND.dtype != head.weight.dtype:
+        return logits(x_BND)
+    return linear_cross_entropy_sum(x_BND[0], head.weight, labels_N)

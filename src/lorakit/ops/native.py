@@ -1,0 +1,89 @@
+"""The C++ passes of kernels.cpp: compiled once on this machine, called with the addresses of tensors.
+
+PyTorch computes ``x * rsqrt(mean(x²) + ε) * w`` in five passes over memory, on a CPU at a tenth of the speed
+that one pass has; decisions/0019 shows what that costs in a step. Whoever calls has a plain PyTorch version
+of the same, for tensors that are not `fits`: on a GPU, in other dtypes, under ``torch.compile``, or where
+there is no compiler.
+
+The library lies in the cache folder under a name made of its source, its flags and this processor's
+instructions. ``LORAKIT_NATIVE=0`` in the environment switches it off.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lorakit import hardware
+from lorakit.files import cache_folder
+from lorakit.log import logger
+
+_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+_SECONDS = 120  # of a compilation
+
+
+def fits(*tensors: Tensor | None) -> bool:
+    """Whether the passes take these tensors: contiguous, on the CPU, all float32 or all bfloat16."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    same = len({tensor.dtype for tensor in given}) == 1 and given[0].dtype in _DTYPES
+    plain = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in given)
+    return same and plain and not torch.compiler.is_compiling() and library() is not None
+
+
+def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
+    """Call ``lorakit_<name>`` for tensors that `fits`; a float is passed as float, an int as long."""
+    found = library()
+    assert found is not None
+    pass_: Callable[..., None] = getattr(found, f"lorakit_{name}")
+    pass_(_DTYPES[dtype], *map(_argument, arguments), torch.get_num_threads())
+
+
+def _argument(value: Tensor | float | int | None) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_void_p(None) if value is None else ctypes.c_long(value)
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled passes; None where they are switched off or cannot be compiled, which is logged once."""
+    compiler = hardware.compiler()
+    if os.environ.get("LORAKIT_NATIVE") == "0" or compiler is None or sys.platform == "win32":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        logger.warning("the C++ passes cannot be compiled, steps are slower without them: %.300s", said)
+        return None
+
+
+def _built(compiler: str) -> Path:
+    """The library's file, made if it is not there; several processes may do so at once."""
+    described = [_SOURCE.read_text(), *_FLAGS, compiler, *sorted(hardware.cpu_flags())]
+    name = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
+    folder = cache_folder() / "native"
+    target = folder / f"{name}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
+            made = Path(place) / "kernels.so"
+            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+            made.replace(target)
+    return target
