@@ -45,7 +45,7 @@ def model_of(family: str, dtype: torch.dtype) -> Any:
     for parameter in model.parameters():  # norms' weights are not all one, biases not all zero
         if parameter.dim() == 1:
             nn.init.normal_(parameter, 1.0, 0.3)
-    return model.to(dtype).train()
+    return model.to(dtype).eval()
 
 
 def rows() -> list[Row]:

@@ -52,6 +52,7 @@ def environment(folder: Path) -> dict[str, str]:
     """The environment for this program: a disk that can fail, with a cache on it."""
     return faulty_disk.environment(folder) | {
         "LORAKIT_CACHE": f"{folder}/disk/cache", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1",
+        "LORAKIT_NATIVE": "0",  # else each run would compile onto the failing disk
     }  # fmt: skip
 
 

@@ -19,8 +19,10 @@ FAKE_VERBS = '''
 import click
 from lorakit.errors import ConfigError, DataError, Interrupted
 
-class OutOfMemoryError(RuntimeError):
-    """Named like torch's."""
+def of_torch(kind, text):
+    import torch  # it is loaded where it runs out of memory
+
+    fail(getattr(torch, kind, RuntimeError)(text))
 
 ENDS = {
     "well": lambda: click.echo("result"),
@@ -28,8 +30,8 @@ ENDS = {
     "config": lambda: fail(ConfigError("2 problems", text="first\\n\\nsecond")),
     "ctrl-c": lambda: fail(KeyboardInterrupt()),
     "sigterm": lambda: fail(Interrupted("stopped at step 7", signum=15)),
-    "gpu-memory": lambda: fail(OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\\nmore")),
-    "cpu-memory": lambda: fail(RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes")),
+    "gpu-memory": lambda: of_torch("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2 GiB\\nmore"),
+    "cpu-memory": lambda: of_torch("", "DefaultCPUAllocator: can't allocate memory: 9 bytes"),
     "host-memory": lambda: fail(MemoryError()),
     "bug": lambda: fail(ZeroDivisionError("division by zero")),
     "much": lambda: [click.echo("x" * 4096) for _ in range(1000)],

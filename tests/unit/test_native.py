@@ -14,7 +14,7 @@ from lorakit.ops import native
 from lorakit.ops.attention import packed_attention, packed_attention_reference, rotate
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask, dropout
 from lorakit.ops.gated import Act, gated, gated_reference
-from lorakit.ops.linear import _LoRALinear
+from lorakit.ops.linear import _LoRALinear, _Update
 from lorakit.ops.loss import PLAIN, Softening, cross_entropy_sum_reference, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm, rms_norm_reference
 
@@ -75,7 +75,10 @@ def test_lora_linear(dtype: torch.dtype, shape: tuple[int, int, int, int], p: fl
     x, W = torch.randn(rows, inputs, dtype=dtype, requires_grad=True), torch.randn(outputs, inputs, dtype=dtype)
     A, B = torch.randn(rank, inputs, requires_grad=True), torch.randn(outputs, rank, requires_grad=True)
     mask = draw_mask(p) if p else NOTHING
-    y, g = _LoRALinear.apply(x, W, None, A, B, 0.5, mask), torch.randn(rows, outputs, dtype=dtype)
+    y, g = (
+        _LoRALinear.apply(x, W, None, A, B, _Update(0.5, mask, trains=True)),
+        torch.randn(rows, outputs, dtype=dtype),
+    )
     X, A64, B64, W64 = wide(x, A, B, W)
     Y = X @ W64.T + 0.5 * ((X * mask.factors(rows, inputs)) @ A64.T) @ B64.T
     expected = torch.autograd.grad(Y, (X, A64, B64), g.double())

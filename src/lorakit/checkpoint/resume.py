@@ -23,6 +23,7 @@ from lorakit.config.resolve import Resolved
 from lorakit.config.schema import TrainConfig
 from lorakit.errors import ModelError, UsageError
 from lorakit.log import logger
+from lorakit.ops import native
 
 # Keys that say where things are, what is shown and what is kept, but not what is trained. Data, base and
 # tokenizer are compared by content, not by name.
@@ -174,6 +175,7 @@ def environment(ranks: int) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if hardware.device() == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "instructions": os.environ.get("ATEN_CPU_CAPABILITY") or torch.backends.cpu.get_cpu_capability(),
+        "passes": native.library() is not None,
         "ranks": ranks,
     }
 

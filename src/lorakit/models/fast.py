@@ -72,11 +72,16 @@ def targets(targets_N: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    module.forward = forward  # type: ignore[method-assign]
+    """Blocks may nest: what was there before comes back."""
+    before = vars(module).get("forward")
+    module.forward = forward
     try:
         yield
     finally:
-        del module.forward  # the class's own again
+        if before is None:
+            del module.forward  # the class's own again
+        else:
+            module.forward = before
 
 
 def _forward(module: nn.Module, attention: bool) -> Callable[..., Any] | None:
@@ -94,6 +99,9 @@ def _forward(module: nn.Module, attention: bool) -> Callable[..., Any] | None:
 
 
 def _norm(module: Any, offset: float, hidden_states: Tensor) -> Tensor:
+    if not native.fits(hidden_states, module.weight):  # transformers' own; it rounds float64 to float32
+        plain: Tensor = type(module).forward(module, hidden_states)
+        return plain
     eps = module.eps if offset else module.variance_epsilon
     return rms_norm(hidden_states, module.weight, eps, offset)
 
@@ -112,6 +120,10 @@ def _attention(
     **given: Any,
 ) -> tuple[Tensor, None]:
     """Projections and attention of one flat batch [1, T, C], which turns q and k as it gathers them."""
+    if given.get("segment_lengths") is None:  # an evaluation that does not pack
+        return type(module).forward(
+            module, hidden_states, position_embeddings, attention_mask, past_key_values, **given
+        )
     lengths = given["segment_lengths"].lengths
     total = hidden_states.shape[1]
     q_THD, k_TGD, v_TGD = (

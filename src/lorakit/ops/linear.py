@@ -14,7 +14,7 @@ Shapes: x [..., I], W [O, I], b [O], A [R, I], B [O, R], y [..., O].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -118,14 +118,22 @@ class _Passes:
         return grad_A
 
 
-def _thin(x_NI: Tensor, A: Tensor, B: Tensor) -> type[_Thin] | type[_Passes]:
-    """Who computes the thin products of these."""
-    small = len(A) <= _THIN and A.dtype == B.dtype == torch.float32 and A.is_contiguous()
+def _thin(x_NI: Tensor, A: Tensor, B: Tensor, trains: bool) -> type[_Thin] | type[_Passes]:
+    """Who computes the thin products of these; answers are rounded as in PEFT, by matrix products."""
+    small = trains and len(A) <= _THIN and A.dtype == B.dtype == torch.float32 and A.is_contiguous()
     return _Passes if small and native.fits(x_NI) else _Thin
 
 
 def _masked(x_NI: Tensor, mask: Mask) -> Tensor:
     return mask.applied(x_NI) if mask.threshold else x_NI
+
+
+class _Update(NamedTuple):
+    """What is done with A and B."""
+
+    scaling: float
+    mask: Mask
+    trains: bool  # or only answers
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -137,18 +145,17 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
-        scaling: float,
-        mask: Mask,
+        update: _Update,
     ) -> Tensor:
         x_NI = x.reshape(-1, x.shape[-1])
-        thin = _thin(x_NI, A, B)
-        h_NR = thin.down(x_NI, A, mask)
+        thin = _thin(x_NI, A, B, update.trains)
+        h_NR = thin.down(x_NI, A, update.mask)
         y_NO = _times(W, x_NI, bias)
-        thin.up(y_NO, h_NR, B, scaling)
+        thin.up(y_NO, h_NR, B, update.scaling)
         dense, ctx.frozen = (W, None) if isinstance(W, Tensor) else (None, W)
         # A frozen A (LoRA-FA) needs no x in the backward pass: its activation memory is saved.
         ctx.save_for_backward(x_NI if ctx.needs_input_grad[3] else None, h_NR, dense, A, B)
-        ctx.thin, ctx.scaling, ctx.mask, ctx.shape = thin, scaling, mask, x.shape
+        ctx.thin, ctx.update, ctx.shape = thin, update, x.shape
         return y_NO.view(*x.shape[:-1], B.shape[0])
 
     @staticmethod
@@ -156,14 +163,14 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_NI, h_NR, W, A, B = ctx.saved_tensors
         g_NO = grads[0].reshape(-1, B.shape[0]).contiguous()
-        need_x, _, _, need_A, need_B, _, _ = ctx.needs_input_grad
-        gh_NR, grad_B = ctx.thin.up_back(g_NO, h_NR, B, ctx.scaling)
+        need_x, _, _, need_A, need_B, _ = ctx.needs_input_grad
+        gh_NR, grad_B = ctx.thin.up_back(g_NO, h_NR, B, ctx.update.scaling)
         grad_x = None
         if need_x:
             grad_x = g_NO @ W if ctx.frozen is None else ctx.frozen.back(g_NO)
-        grad_A = ctx.thin.down_back(grad_x, x_NI, A, gh_NR, ctx.mask)
+        grad_A = ctx.thin.down_back(grad_x, x_NI, A, gh_NR, ctx.update.mask)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
-        return grad_x, None, None, grad_A if need_A else None, grad_B if need_B else None, None, None
+        return grad_x, None, None, grad_A if need_A else None, grad_B if need_B else None, None
 
 
 class _FrozenLinear(torch.autograd.Function):
@@ -203,14 +210,14 @@ def lora_linear(
     `dropout_fits`.
     """
     trained = bias is not None and bias.requires_grad
-    mask = draw_mask(p) if p else NOTHING
+    update = _Update(scaling, draw_mask(p) if p else NOTHING, torch.is_grad_enabled())
     if isinstance(W, Tensor):
         if trained or W.requires_grad or x.dtype != W.dtype or torch.is_autocast_enabled(x.device.type):
             return lora_linear_reference(x, W, bias, A, B, scaling, p)
-        return _LoRALinear.apply(x, W, bias, A, B, scaling, mask)
+        return _LoRALinear.apply(x, W, bias, A, B, update)
     dtype, wanted = _dtypes(x, W)
     inside = None if bias is None or trained else bias.to(dtype)
-    y: Tensor = _LoRALinear.apply(x.to(dtype), W, inside, A, B, scaling, mask)
+    y: Tensor = _LoRALinear.apply(x.to(dtype), W, inside, A, B, update)
     return (y + bias.to(dtype) if trained and bias is not None else y).to(wanted)
 
 

@@ -68,7 +68,7 @@ def linear_cross_entropy_sum(x_ND: Tensor, W_VD: Tensor, labels_N: Tensor, how: 
 class _LinearCrossEntropySum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, W_VD: Tensor, labels_N: Tensor, how: Softening) -> Tensor:
-        grad_ND, total = torch.empty_like(x_ND), x_ND.new_zeros((), dtype=torch.float32)
+        grad_ND, total = torch.empty_like(x_ND), _zero(x_ND)
         start = 0
         for x in _rows(x_ND, len(W_VD), _PRODUCT):
             rows = slice(start, start + len(x))
@@ -93,7 +93,7 @@ def _slopes(logits_NV: Tensor, labels_N: Tensor, how: Softening) -> Tensor:
         settings = (float(how.cap), float(how.smoothing), float(how.z))
         native.run("cross_entropy", logits_NV.dtype, logits_NV, labels_N, loss_N, *logits_NV.shape, *settings)
         return loss_N.sum()
-    total = logits_NV.new_zeros((), dtype=torch.float32)
+    total = _zero(logits_NV)
     for part, labels in zip(_rows(logits_NV), _rows(labels_N, logits_NV.shape[1]), strict=True):
         wide = _wide(part).detach().requires_grad_()
         with torch.enable_grad():
@@ -135,6 +135,11 @@ class _CrossEntropySum(torch.autograd.Function):
             slope *= grads[0]
             out_NV[rows] = slope.masked_fill_(~real_N[rows, None], 0.0)
         return out_NV, None
+
+
+def _zero(like: Tensor) -> Tensor:
+    """A sum to add to, in float32 or better."""
+    return like.new_zeros((), dtype=torch.promote_types(like.dtype, torch.float32))
 
 
 def _wide(x: Tensor) -> Tensor:
