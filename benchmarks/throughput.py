@@ -40,8 +40,9 @@ from lorakit.data.encode import Row, encode_all
 from lorakit.data.reading import read_samples
 from lorakit.data.rendering import Policy
 from lorakit.data.templates import find_template
+from lorakit.demo.addresses import prepare
 from lorakit.evals.objective import batching
-from lorakit.files import write_json, write_text
+from lorakit.files import cache_folder, write_json, write_text
 from lorakit.models.load import load_model, load_tokenizer
 from lorakit.models.quantized import quantize_model
 from lorakit.models.sources import DEMO_MODEL, locate
@@ -73,7 +74,7 @@ Step = Callable[[list[Row]], object]
 def main() -> None:
     """One case, or the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="an alpaca file")
+    parser.add_argument("--data", type=Path, help="an alpaca file; the demo's addresses if left out")
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--model", choices=MODELS)
     parser.add_argument("--format", choices=(*DTYPES, "nf4", "int8"), default="bf16")
@@ -83,6 +84,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", choices=("lorakit", *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.data = options.data or prepare(cache_folder() / "addresses")[0]
     one = (options.model or DEMO_MODEL, options.format, options.targets, options.dropout)
     if options.peak:
         print(peak(options.peak, options.data, *one))

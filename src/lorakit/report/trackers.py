@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lorakit.errors import UsageError
-from lorakit.files import write_json
+from lorakit.files import discard, write_json
 from lorakit.log import logger
 
 _WAITING = 1000  # entries that may wait for a slow tracker; beyond that, the newest are lost
@@ -110,10 +110,12 @@ def open_trackers(names: Sequence[str], run: TrackedRun) -> Iterator[Trackers]:
 
     Raises:
         UsageError: as `check_trackers`.
+        StorageError: the ids of an earlier run cannot be removed.
     """
     check_trackers(names)
-    if not run.done:  # what was tracked under these ids is another run's
-        (run.folder / _IDS).unlink(missing_ok=True)
+    ids = run.folder / _IDS
+    if not run.done and ids.exists():  # what was tracked under these ids is another run's
+        discard(ids)
     feeds = [_Feed(name, run) for name in names]
     status = "failed"
     try:
