@@ -22,24 +22,14 @@ from lorakit.parallel.ddp import sum_gradients
 from lorakit.parallel.make import make_strategy
 from lorakit.parallel.strategy import Strategy
 from lorakit.parallel.world import World, check_same_everywhere, join
+from lorakit.quant.blockwise import FourBit
+from lorakit.quant.modules import quantized
 
 UPDATES = 5
 CUT = 3  # updates before the run is saved and begun again
 PASSES = 5  # micro-batches of an update: uneven for two ranks
 CLIP = 0.05
 RATE, DECAY = 0.01, 0.1
-
-
-class Uint8Linear(nn.Module):
-    """A frozen weight of which only bytes are stored, as that of a quantised base."""
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("scale", weight.abs().max() / 127)
-        self.weight = nn.Parameter((weight / self.scale + 128).round().to(torch.uint8), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, (self.weight.to(x.dtype) - 128) * self.scale)
 
 
 def model_of(
@@ -61,7 +51,8 @@ def model_of(
         model.enable_input_require_grads()
     if quantised:
         for layer in model.model.layers:
-            layer.mlp.up_proj = Uint8Linear(layer.mlp.up_proj.weight.detach())
+            layer.mlp.up_proj = quantized(layer.mlp.up_proj, FourBit())
+            layer.self_attn.q_proj = quantized(layer.self_attn.q_proj, FourBit(double=False))
     add_lora_to_model(model, r=3, target_modules="q_proj,v_proj,down_proj", seed=1)
     return model.train()
 

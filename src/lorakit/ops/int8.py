@@ -29,6 +29,7 @@ from torch import Tensor
 
 from lorakit import hardware
 from lorakit.log import logger
+from lorakit.ops import native
 
 BOUND = 0.05  # relative error of a product; on SmolLM2 0.002 to 0.03 forwards, 0.002 to 0.05 backwards
 _ROWS, _COLUMNS = 16, 48  # the sample that is measured
@@ -71,8 +72,8 @@ def times(
     o = _sample(len(scale_O), _COLUMNS)
     if not tally.note(_error(x_NI, weigh_I, outliers, (codes_OI[o] * scale_O[o, None]).T)):
         return None
-    x8_NI, step_N = _pass(quantise_rows, x_NI)(x_NI, weigh_I)
-    y_NO: Tensor = _pass(rescale, x_NI)(torch._int_mm(x8_NI, codes_OI.T), step_N, scale_O, x_NI.dtype)
+    x8_NI, step_N = _rounded(x_NI, weigh_I)
+    y_NO: Tensor = _rescaled(torch._int_mm(x8_NI, codes_OI.T), step_N, scale_O, x_NI)
     W_OK: Tensor = _pass(columns, x_NI)(codes_OI, scale_O, outliers, x_NI.dtype)
     return y_NO.addmm_(x_NI[:, outliers], W_OK.T)
 
@@ -86,8 +87,8 @@ def back(g_NO: Tensor, codes_OI: Tensor, scale_O: Tensor, tally: Tally) -> Tenso
     i = _sample(codes_OI.shape[1], _COLUMNS)
     if not tally.note(_error(g_NO, weigh_O, outliers, codes_OI[:, i] * scale_O[:, None])):
         return None
-    g8_NO, step_N = _pass(quantise_rows, g_NO)(g_NO, weigh_O)
-    gx_NI: Tensor = _pass(rescale, g_NO)(torch._int_mm(g8_NO, codes_OI), step_N, None, g_NO.dtype)
+    g8_NO, step_N = _rounded(g_NO, weigh_O)
+    gx_NI: Tensor = _rescaled(torch._int_mm(g8_NO, codes_OI), step_N, None, g_NO)
     W_KI = codes_OI[outliers] * scale_O[outliers, None]
     return gx_NI.addmm_(g_NO[:, outliers], W_KI.to(g_NO.dtype))
 
@@ -117,6 +118,29 @@ def rescale(sums: Tensor, step_N: Tensor, scale_O: Tensor | None, dtype: torch.d
     """Integer sums [N, O] times the scales of their row and column."""
     wide = sums.float() * step_N
     return (wide if scale_O is None else wide * scale_O).to(dtype)
+
+
+def _rounded(x_NI: Tensor, weigh_I: Tensor) -> tuple[Tensor, Tensor]:
+    """`quantise_rows`, by a C++ pass where there is one."""
+    if not native.fits(x_NI):
+        rounded: tuple[Tensor, Tensor] = _pass(quantise_rows, x_NI)(x_NI, weigh_I)
+        return rounded
+    codes_NI, step_N = (
+        torch.empty_like(x_NI, dtype=torch.int8),
+        x_NI.new_empty(len(x_NI), 1, dtype=torch.float32),
+    )
+    native.run("quantise_rows", x_NI.dtype, x_NI, weigh_I.float(), codes_NI, step_N, *x_NI.shape)
+    return codes_NI, step_N
+
+
+def _rescaled(sums: Tensor, step_N: Tensor, scale_O: Tensor | None, like: Tensor) -> Tensor:
+    """`rescale` to the dtype of ``like``, by a C++ pass where there is one."""
+    if not native.fits(like):
+        scaled: Tensor = _pass(rescale, like)(sums, step_N, scale_O, like.dtype)
+        return scaled
+    y = torch.empty_like(sums, dtype=like.dtype)
+    native.run("rescale", like.dtype, sums, step_N, scale_O, y, *sums.shape)
+    return y
 
 
 def columns(codes_OI: Tensor, scale_O: Tensor, chosen: Tensor, dtype: torch.dtype) -> Tensor:

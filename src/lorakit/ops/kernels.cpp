@@ -20,6 +20,7 @@ typedef float vf __attribute__((vector_size(64)));
 typedef uint32_t vu __attribute__((vector_size(64)));
 typedef int32_t vi __attribute__((vector_size(64)));
 typedef uint16_t vh __attribute__((vector_size(32)));
+typedef int8_t vb __attribute__((vector_size(16)));
 
 struct bf16 { uint16_t bits; };
 
@@ -573,7 +574,9 @@ void quantise_rows(const T* x, const float* weigh, int8_t* codes, float* step, l
             const long left = std::min<long>(W, width - j);
             const vf v = load(a + j, left) * load(weigh + j, left) * inverse + 12582912.f;
             const vi whole = (vi)v - (vi)splat(12582912.f);
-            for (int k = 0; k < left; k++) codes[n * width + j + k] = (int8_t)whole[k];
+            const vb bytes = __builtin_convertvector(whole, vb);
+            if (left == W) std::memcpy(codes + n * width + j, &bytes, W);
+            else std::memcpy(codes + n * width + j, &bytes, left);
         }
     }
 }
