@@ -34,9 +34,14 @@ class Batch:
     packed: bool
 
     def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
-        return Batch(inputs, self.keep_N.to(device), self.targets_N.to(device), self.tokens, self.packed)
+        """The same batch on another device; to a GPU by pinned memory, without waiting (not run on one)."""
+        on_gpu = torch.device(device).type == "cuda"
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True) if on_gpu else tensor.to(device)
+
+        inputs = {k: move(v) if isinstance(v, Tensor) else v for k, v in self.inputs.items()}
+        return Batch(inputs, move(self.keep_N), move(self.targets_N), self.tokens, self.packed)
 
 
 def pack(rows: Sequence[Row]) -> Batch:
