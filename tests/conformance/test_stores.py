@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,15 +60,7 @@ STORES = {**FORMS, **BITSANDBYTES}
 INITS = ("kaiming", "gaussian", "orthogonal", "pissa", "pissa_niter_3", "olora", "loftq")
 IN, OUT = 64, 10
 CELLS = [(method, store) for method in METHODS for store in STORES]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Shapes this small take longer to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lorakit.ops import native
 from lorakit.ops.attention import packed_attention, packed_attention_reference, rotate
-from lorakit.ops.dropout import NOTHING, Mask, draw_mask, dropout
+from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.gated import Act, gated, gated_reference
 from lorakit.ops.linear import _LoRALinear, _Update
 from lorakit.ops.loss import PLAIN, Softening, cross_entropy_sum_reference, linear_cross_entropy_sum
@@ -145,7 +145,7 @@ class TestDropout:
         assert abs(kept.float().mean() - 0.9) < 4 * 0.3 / 1000
         pairs = (kept[:, 1:] & kept[:, :-1]).float().mean(), (kept[1:] & kept[:-1]).float().mean()
         assert all(abs(each - 0.81) < 2e-3 for each in pairs)
-        assert dropout(torch.ones(1000, 1024), 0.1, True).mean().item() == pytest.approx(1.0, abs=2e-3)
+        assert draw_mask(0.1).applied(torch.ones(1000, 1024)).mean().item() == pytest.approx(1.0, abs=2e-3)
 
     def test_two_keys_are_two_masks_and_a_seed_repeats_them(self) -> None:
         torch.manual_seed(3)

@@ -144,7 +144,7 @@ class _PackedAttention(torch.autograd.Function):
         for bucket in found:
             q, k, v = _gathered(bucket, q_HTD, k_GTD, v_GTD, cos, sin)
             out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-            for rows, keys, start in _tiles(bucket, q, k):
+            for rows, keys, start in _tiles(q, k):
                 weights = torch.bmm(q[:, rows], k[:, :keys].transpose(1, 2))
                 part = lse.new_empty(weights.shape[:2])
                 _scores("softmax_forward", (weights, part), q, k, start, scaling)
@@ -166,7 +166,7 @@ class _PackedAttention(torch.autograd.Function):
         for bucket, lse in zip(found, sums, strict=True):
             q, k, v = _gathered(bucket, q_HTD, k_GTD, v_GTD, cos, sin)
             g = _gather(bucket, g_HTD, len(k_GTD))
-            tiles = list(_tiles(bucket, q, k))
+            tiles = list(_tiles(q, k))
             wide = q.dtype if len(tiles) == 1 else torch.float32  # sums of many parts
             gq, gk, gv = torch.empty_like(q), k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
             for rows, keys, start in tiles:
@@ -184,7 +184,7 @@ class _PackedAttention(torch.autograd.Function):
         return *(result.transpose(0, 1) for result in results), None, None, None, None
 
 
-def _tiles(bucket: _Bucket, q: Tensor, k: Tensor) -> Iterator[tuple[slice, int, int]]:
+def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int, int]]:
     """Rows of q, the number of keys that they see, and their first query, tile by tile."""
     longest, each = k.shape[1], q.shape[1] // k.shape[1]
     for start in range(0, longest, _TILE):

@@ -12,12 +12,9 @@ kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lorakit.ops import native
 
@@ -74,23 +71,3 @@ NOTHING = Mask(0, 0)
 def draw_mask(p: float) -> Mask:
     """A mask for dropout with probability p, by torch's generator of the CPU."""
     return Mask(int(torch.randint(-(2**63), 2**63 - 1, ()).item()) & (2**64 - 1), round(65536 * p))
-
-
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mask: Mask) -> Tensor:
-        ctx.mask = mask
-        return mask.applied(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return ctx.mask.applied(grads[0].contiguous()), None
-
-
-def dropout(x: Tensor, p: float, training: bool) -> Tensor:
-    """x with a share p of its elements set to 0 and the others divided by what is left of 1."""
-    if not training or not p or not native.fits(x):
-        return F.dropout(x, p, training)
-    y: Tensor = _Dropout.apply(x, draw_mask(p))
-    return y

@@ -17,7 +17,6 @@ import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ import torch
 from torch import Tensor
 
 from lorakit import hardware
-from lorakit.files import cache_folder
+from lorakit.errors import StorageError
+from lorakit.files import cache_folder, write_with
 from lorakit.log import logger
 
 _SOURCE = Path(__file__).with_name("kernels.cpp")
@@ -67,7 +67,7 @@ def library() -> ctypes.CDLL | None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, StorageError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         logger.warning("the C++ passes cannot be compiled, steps are slower without them: %.300s", said)
         return None
@@ -77,13 +77,9 @@ def _built(compiler: str) -> Path:
     """The library's file, made if it is not there; several processes may do so at once."""
     described = [_SOURCE.read_text(), *_FLAGS, compiler, *sorted(hardware.cpu_flags())]
     name = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
-    folder = cache_folder() / "native"
-    target = folder / f"{name}.so"
+    target = cache_folder() / "native" / f"{name}.so"
     if not target.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".building-") as place:
-            made = Path(place) / "kernels.so"
-            command = [compiler, *_FLAGS, "-o", str(made), str(_SOURCE)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-            made.replace(target)
+        command = [compiler, *_FLAGS, str(_SOURCE), "-o"]
+        limits: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": _SECONDS}
+        write_with(target, lambda aside: subprocess.run([*command, str(aside)], **limits))
     return target
