@@ -21,6 +21,7 @@ PUBLIC_NAMES = [
     "add_lora_to_model",
     "count_parameters",
     "freeze_backbone_params",
+    "plan",
     "train",
 ]
 

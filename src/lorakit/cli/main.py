@@ -26,6 +26,7 @@ from lorakit.errors import Interrupted, LorakitError, MemoryLimitError, UsageErr
 VERBS = {
     "train": ("lorakit.cli.train:train", "Train an adapter from one YAML file."),
     "validate": ("lorakit.cli.validate:validate", "Check a YAML file and show what it means."),
+    "plan": ("lorakit.cli.plan:plan", "Tell what a training will take: bytes, seconds, sizes."),
     "preview": ("lorakit.cli.preview:preview", "Show what a model would see of the data."),
     "generate": ("lorakit.cli.generate:generate", "Answer a prompt with a model or an adapter."),
     "chat": ("lorakit.cli.generate:chat", "Talk with a model or an adapter."),
