@@ -26,10 +26,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from lorakit import hardware
+from lorakit import hardware, plan
 from lorakit.files import write_json, write_text
 from lorakit.modelinfo.table import config_of
-from lorakit.planning.plan import plan
 
 DEMO = "smollm2-135m-instruct"
 # Made here with random weights: a family and its shape, small enough for two cores.

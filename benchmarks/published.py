@@ -92,11 +92,12 @@ def main() -> None:
         )
     results = Path(__file__).parent / "results"
     write_json(results / "published.json", {"rows": rows})
-    lines = ["| who, what | model | published GB | predicted GB | error | assumed |", "| --- | --- | ---: | ---: | ---: | --- |"]
-    lines += [
-        f"| {r['who']} | {r['model']} | {r['published_gb']:.1f} | {r['predicted_gb']:.1f} | {r['error']:+.0%} | {r['assumed']} |"
-        for r in rows
+    lines = [
+        "| who, what | model | published GB | predicted GB | error | assumed |",
+        "| --- | --- | ---: | ---: | ---: | --- |",
     ]
+    shape = "| {who} | {model} | {published_gb:.1f} | {predicted_gb:.1f} | {error:+.0%} | {assumed} |"
+    lines += [shape.format(**row) for row in rows]
     text = "\n".join(lines) + "\n"
     write_text(results / "published.md", text)
     print(text)

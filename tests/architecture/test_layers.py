@@ -30,7 +30,15 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 TORCH_ONLY = {"standalone", "adapters", "lowrank", "quant", "ops"}
 SMALL = {"regex"}  # a regular expression engine with a deadline, which transformers needs, too
-NO_TORCH = {"config", "modelinfo", "planning", "cli", "errors", "files", "log"}  # at import; hardware asks torch inside functions
+NO_TORCH = {
+    "config",
+    "modelinfo",
+    "planning",
+    "cli",
+    "errors",
+    "files",
+    "log",
+}  # at import; hardware asks torch inside functions
 HEAVY = {"torch", "transformers", "peft", "accelerate", "gguf", "matplotlib"}
 FEWEST_EDGES = 40
 

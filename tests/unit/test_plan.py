@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import subprocess
 import sys
 import time
@@ -186,7 +187,7 @@ def test_g03_zero_shards_what_it_says() -> None:
     alone = memory(facts, one)
     for strategy, sharded in (
         ("ddp", ()), ("zero1", ("optimizer",)), ("zero2", ("optimizer", "gradients")),
-        ("zero3", ("optimizer", "gradients", "weights")), ("fsdp", ("weights",)),
+        ("zero3", ("optimizer", "gradients", "weights")), ("fsdp", ("optimizer", "gradients", "weights")),
     ):  # fmt: skip
         many = memory(facts, replace(one, strategy=strategy, ranks=8))  # type: ignore[arg-type]
         for name, size in alone.categories().items():
@@ -194,6 +195,8 @@ def test_g03_zero_shards_what_it_says() -> None:
                 expected = -(-size // 8) if name in sharded else size
                 assert many.categories()[name] == expected, (strategy, name)
         assert many.workspace > alone.workspace
+    lora = memory(facts, Setup(strategy="fsdp", ranks=4, rank=64))
+    assert lora.optimizer == memory(facts, Setup(rank=64)).optimizer  # adapters are whole on every rank
 
 
 # ------------------------------------------------------------------------------- adapters, against lorakit
@@ -520,6 +523,15 @@ def test_json_text_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert main([*arguments, "--plot", str(path)]) == 0
         assert path.read_bytes().startswith(start)
     capsys.readouterr()
+
+
+def test_the_documented_example_is_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "planning.md").read_text(encoding="utf-8")
+    shown = re.findall(r"```console\n\$ lorakit (.*?)\n(.*?)```", text, re.DOTALL)
+    assert shown
+    for command, expected in shown:
+        assert main(command.split()) == 0
+        assert capsys.readouterr().out == expected
 
 
 def test_no_torch_and_no_waiting() -> None:

@@ -20,6 +20,7 @@ from lorakit.planning.adapters import adapted
 from lorakit.planning.setup import Setup
 
 LAYERS, TOKENS, ROW = 6, 96, 24
+NEAR = 0.07
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -28,17 +29,21 @@ def small(kind: str, dtype: torch.dtype) -> tuple[ModelFacts, Any]:
 
     config: dict[str, Any] = {
         "hidden_size": 64, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "head_dim": 16, "intermediate_size": 160, "vocab_size": 100, "pad_token_id": 0, "attention_dropout": 0.0,
+        "head_dim": 16, "intermediate_size": 160, "vocab_size": 100, "pad_token_id": 0,
+        "attention_dropout": 0.0,
     }  # fmt: skip
     if kind == "gpt2":
         config = {"n_embd": 64, "n_layer": LAYERS, "n_head": 4, "vocab_size": 100, "n_positions": 128}
-        config |= dict.fromkeys(("attn_pdrop", "resid_pdrop", "embd_pdrop"), 0.0)
     if kind in ("bert", "vit"):
         config = {key: value for key, value in config.items() if not key.startswith(("num_key", "head_dim"))}
-        config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+        config |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.1 * (kind == "bert"))
     made = AutoConfig.for_model(kind, **config)
     auto: Any = AutoModel if kind in ("bert", "vit") else AutoModelForCausalLM
-    told = {"model_type": kind, **config, "tie_word_embeddings": bool(made.tie_word_embeddings)}
+    told = {
+        "model_type": kind,
+        **config,
+        "tie_word_embeddings": bool(made.to_dict().get("tie_word_embeddings")),
+    }
     return facts_of(told, kind, "here"), auto.from_config(made).to(dtype).requires_grad_(False)
 
 
@@ -89,8 +94,9 @@ def shape_of(kind: str, attention: str) -> dict[str, Any]:
 CASES = [
     (kind, attention, precision, targets, method, dropout)
     for kind, attention in (
-        ("llama", "packed"), ("llama", "sdpa"), ("llama", "eager"), ("qwen3", "packed"), ("gemma3_text", "sdpa"),
-        ("phi3", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager"), ("bert", "sdpa"), ("vit", "sdpa"),
+        ("llama", "packed"), ("llama", "sdpa"), ("llama", "eager"), ("qwen3", "packed"),
+        ("gemma3_text", "sdpa"), ("phi3", "sdpa"), ("gpt2", "sdpa"), ("gemma2", "eager"),
+        ("bert", "sdpa"), ("vit", "sdpa"),
     )
     for precision, targets, method, dropout in (
         ("bf16", "all", "lora", 0.0), ("fp32", "all", "lora", 0.0), ("bf16", "few", "lora", 0.0),
@@ -101,7 +107,7 @@ FEW = {"gpt2": "c_attn", "phi3": "qkv_proj", "bert": "query,value"}
 
 
 @pytest.mark.parametrize(("kind", "attention", "precision", "targets", "method", "dropout"), CASES)
-def test_kept_bytes(  # noqa: PLR0913 - one case
+def test_kept_bytes(
     kind: str, attention: Any, precision: Any, targets: str, method: Any, dropout: float
 ) -> None:
     torch.manual_seed(3)
@@ -116,7 +122,7 @@ def test_kept_bytes(  # noqa: PLR0913 - one case
         bits=16 if precision == "bf16" else 32, attention=attention, **shape_of(kind, attention),
     )  # fmt: skip
     # Besides: indices, masks, rotations, and what the head keeps; they do not grow with the number of blocks.
-    assert activations(facts, setup, adapted(facts, setup)).kept == pytest.approx(real, rel=0.04)
+    assert activations(facts, setup, adapted(facts, setup)).kept == pytest.approx(real, rel=NEAR)
 
 
 def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
@@ -125,7 +131,7 @@ def test_checkpointing_keeps_the_inputs_of_the_blocks() -> None:
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     setup = Setup(rank=4, checkpointing=True, attention="packed", **shape_of("llama", "packed"))
     found = activations(facts, setup, adapted(facts, setup))
-    assert found.kept == pytest.approx(measured(model.train(), "llama", "packed"), rel=0.04)
+    assert found.kept == pytest.approx(measured(model.train(), "llama", "packed"), rel=NEAR)
     without = activations(facts, replace(setup, checkpointing=False), adapted(facts, setup))
     assert without.kept / LAYERS < found.passing < without.kept
 

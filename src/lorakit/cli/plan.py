@@ -119,7 +119,7 @@ def _time(found: Plan) -> str:
         rows.append(("tokens a second", f"{time.tokens_per_second:.4g}"))
         if found.updates:
             rows.append((f"{found.updates} updates", f"{time.seconds * found.updates / 3600:.3g} hours"))
-    rate = f"{time.rates.gflops:.4g} GFLOP/s, " if time.rates.gflops else ""
+    rate = f"{time.rates.gflops:,.0f} GFLOP/s, " if time.rates.gflops else ""
     return _titled("one update", [*rows, ("rate", rate + time.rates.origin)])
 
 

@@ -13,7 +13,7 @@ from lorakit.modelinfo.keys import Keys
 
 Built = tuple[list[Module], Blocks | None]
 _OTHERS: dict[str, tuple[Callable[[Keys], Built], Mapping[str, Any]]] = {
-    "gpt2": (gpt2, {"n_positions": 1024}),
+    "gpt2": (gpt2, {"n_positions": 1024, "attn_pdrop": 0.1}),
     "bert": (encoders.bert, encoders.BERT_DEFAULTS),
     "vit": (encoders.vit, encoders.PICTURE_DEFAULTS),
     "dinov2": (encoders.dinov2, encoders.DINO_DEFAULTS),

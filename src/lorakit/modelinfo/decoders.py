@@ -186,4 +186,7 @@ def gpt2(keys: Keys) -> tuple[list[Module], Blocks]:
         Module("transformer.ln_f", "norm", (hidden,), hidden),
         Module("lm_head", "linear", (vocabulary, hidden), shared=True),
     ]  # fmt: skip
-    return modules, Blocks(layers, hidden, heads, heads, hidden // heads, inner, gated=False, norm="layer")
+    return modules, Blocks(
+        layers, hidden, heads, heads, hidden // heads, inner,
+        gated=False, norm="layer", dropout=keys.share("attn_pdrop") > 0,
+    )  # fmt: skip

@@ -11,7 +11,9 @@ from lorakit.modelinfo.decoders import modules_at
 from lorakit.modelinfo.facts import Blocks, Module
 from lorakit.modelinfo.keys import Keys
 
-BERT_DEFAULTS = {"type_vocab_size": 2, "max_position_embeddings": 512, "num_labels": 2}
+BERT_DEFAULTS = {
+    "type_vocab_size": 2, "max_position_embeddings": 512, "num_labels": 2, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
 PICTURE_DEFAULTS = {"num_channels": 3, "image_size": 224, "patch_size": 16, "num_labels": 2}
 DINO_DEFAULTS = {**PICTURE_DEFAULTS, "mlp_ratio": 4, "patch_size": 14}
 RESNET_DEFAULTS = {
@@ -60,7 +62,7 @@ def bert(keys: Keys) -> Built:
     if architecture == "BertForPreTraining":
         modules.append(Module("cls.seq_relationship", "linear", (2, hidden), 2))
     modules += _classifier(keys, architecture, "BertForSequenceClassification", hidden)
-    return modules, _encoder(layers, hidden, heads, inner)
+    return modules, _encoder(keys, (layers, hidden, heads, inner))
 
 
 def vit(keys: Keys) -> Built:
@@ -89,7 +91,7 @@ def vit(keys: Keys) -> Built:
     if not root:
         modules.append(Module("pooler.dense", "linear", (hidden, hidden), hidden))
     modules += _classifier(keys, architecture, "ViTForImageClassification", hidden)
-    return modules, _encoder(layers, hidden, heads, inner)
+    return modules, _encoder(keys, (layers, hidden, heads, inner))
 
 
 def dinov2(keys: Keys) -> Built:
@@ -123,7 +125,7 @@ def dinov2(keys: Keys) -> Built:
         Module(f"{root}layernorm", "norm", (hidden,), hidden),
     ]  # fmt: skip
     modules += _classifier(keys, architecture, "Dinov2ForImageClassification", 2 * hidden)
-    return modules, _encoder(layers, hidden, heads, inner, gated=gated)
+    return modules, _encoder(keys, (layers, hidden, heads, inner), gated=gated)
 
 
 def siglip(keys: Keys, root: str) -> list[Module]:
@@ -206,5 +208,10 @@ def _labels(keys: Keys) -> int:
     return len(keys.part("id2label")) or keys.number("num_labels")
 
 
-def _encoder(layers: int, hidden: int, heads: int, inner: int, *, gated: bool = False) -> Blocks:
-    return Blocks(layers, hidden, heads, heads, hidden // heads, inner, gated=gated, norm="layer", causal=False)
+def _encoder(keys: Keys, sizes: tuple[int, int, int, int], *, gated: bool = False) -> Blocks:
+    layers, hidden, heads, inner = sizes
+    drops = keys.share("attention_probs_dropout_prob") > 0
+    return Blocks(
+        layers, hidden, heads, heads, hidden // heads, inner,
+        gated=gated, norm="layer", causal=False, dropout=drops,
+    )  # fmt: skip

@@ -75,6 +75,7 @@ class Blocks:
         qk_norm: queries and keys are normed.
         causal: a token sees only those before it.
         softcap: scores and logits pass a tanh (Gemma 2), which fused attention does not have.
+        dropout: the model itself drops attention weights and outputs while it trains.
         active: experts that one token passes; 0 without experts.
     """
 
@@ -90,6 +91,7 @@ class Blocks:
     qk_norm: bool = False
     causal: bool = True
     softcap: bool = False
+    dropout: bool = False
     active: int = 0
 
 

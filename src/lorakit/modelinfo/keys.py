@@ -51,6 +51,11 @@ class Keys:
         """A switch; false if it is not there."""
         return bool(self._values.get(name, False))
 
+    def share(self, name: str) -> float:
+        """A probability; 0 if it is not there or none."""
+        value = self._values.get(name)
+        return float(value) if isinstance(value, int | float) else 0.0
+
     def text(self, name: str) -> str:
         """A word; empty if it is not there."""
         return str(self._values.get(name, ""))

@@ -66,6 +66,9 @@ def _kept_by_block(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted])
     assert blocks is not None
     return (
         blocks.norms * _norm(blocks, setup)
+        + (
+            2 * setup.width * setup.tokens * blocks.hidden if blocks.dropout else 0
+        )  # masks of a block's two outputs
         + _attention(facts, blocks, setup)
         + _feed_forward(facts, blocks, setup)
         + _inputs(facts, blocks, setup, chosen) // blocks.layers
@@ -94,6 +97,9 @@ def _attention(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
         scores = exact + rounded + (width if blocks.softcap else 0)
         return normed + tokens * (width * (queries + 2 * repeated) + scores * blocks.heads * setup.length)
     mask = width * tokens * setup.length if setup.batch > 1 else 0
+    if blocks.dropout and setup.device == "cpu":
+        # No fused kernel drops weights there. In float32: queries, keys, values; weights, mask, product.
+        return mask + tokens * (width * queries + 3 * _FLOAT32 * (queries + blocks.heads * setup.length))
     return normed + mask + tokens * (width * (2 * queries + 2 * repeated) + _FLOAT32 * blocks.heads)
 
 

@@ -5,7 +5,8 @@
                  (``double``) 8/64 + 32/(64·256) = 0.127 bit, 0.373 less (QLoRA, arXiv 2305.14314, §3).
                  8 bits: a float32 for each row (arXiv 2208.07339)
     adapters     float32, whatever the base is; the anchors of PiSSA and OLoRA are not counted
-    gradients    as wide as what trains
+    gradients    as wide as what trains; with one pass an update, what they take beyond the activations that
+                 they replace
     optimizer    AdamW: two moments; 8 bits: two bytes a number and a float32 for each 256 of them
     activations  see `lorakit.planning.activations`; where the backward pass of a block takes more than the
                  loss, what that block needs in between
@@ -36,10 +37,11 @@ _EIGHT_BIT_FROM = 4096  # numbers from which bitsandbytes keeps 8-bit moments
 _PIECE = 16 << 20  # bytes that are dense at once of a quantised weight (`lorakit.ops.frozen`)
 _SAME_WIDTH = 0.1  # a file differs from the weights in its header, and in a head that is written twice
 _BUCKET = 64 << 20  # of gradients sent at once (`lorakit.parallel.ddp`)
-# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer; and, as a share of what
-# a pass allocates, the holes that the C library keeps in its heap. A CUDA context is as others report it.
+# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer; and the holes that the
+# C library keeps in its heap: some, and a share of what a pass allocates, more where that is short-lived. A
+# CUDA context is as others report it.
 _FRAMEWORK = {"cpu": 585_000_000, "cuda": 500_000_000}
-_HOLES = {"cpu": 0.4, "cuda": 0.0}
+_HOLES, _SHARE, _SHARE_CHECKPOINTED = 105_000_000, 0.25, 0.6
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Base:
-    """Bytes of the frozen model: codes and dense numbers, constants, and the largest dense block of layers."""
+    """Bytes of the frozen model: codes and dense numbers, and the constants of the codes."""
 
     weights: int
     constants: int
@@ -103,16 +105,20 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
         "optimizer": optimizer_bytes(setup, _trained_shapes(facts, setup, chosen), width),
     }
     whole = dict(sizes)
-    for name in _SHARDED[setup.strategy]:
+    # Where all of the model trains, FSDP leaves a part of everything, as ZeRO-3 does.
+    strategy = "zero3" if setup.method == "full" and setup.strategy == "fsdp" else setup.strategy
+    for name in _SHARDED[strategy]:
         sizes[name] = -(-sizes[name] // setup.ranks)
     made = activations(facts, setup, chosen)
     in_block = made.passing > made.logits
-    holes = round(_HOLES[setup.device] * (made.kept + max(made.passing, made.logits)))
+    passed = made.kept + max(made.passing, made.logits)
+    if setup.accumulation == 1:  # gradients take the place of activations, and are gone before the next pass
+        sizes["gradients"] = max(0, sizes["gradients"] - passed)
     return Memory(
         **sizes,
         activations=made.kept + (made.passing if in_block else 0),
         logits=0 if in_block else made.logits,
-        workspace=_dense(chosen, setup, facts) + _gathered(facts, setup, whole) + holes,
+        workspace=_dense(chosen, setup, facts) + _gathered(facts, setup, whole) + _holes(setup, passed),
         framework=_FRAMEWORK[setup.device],
     )
 
@@ -221,6 +227,13 @@ def _dense(chosen: Sequence[Adapted], setup: Setup, facts: ModelFacts) -> int:
     # The norm of W + s·B·A: W in float32, the update, and their sum.
     copies = 3 if setup.bits != 32 else 2
     return pieces + copies * _FLOAT32 * max(each.module.size for each in chosen)
+
+
+def _holes(setup: Setup, passed: int) -> int:
+    """What the heap of a CPU's C library holds beyond what is in use."""
+    if setup.device != "cpu":
+        return 0
+    return _HOLES + round((_SHARE_CHECKPOINTED if setup.checkpointing else _SHARE) * passed)
 
 
 def _gathered(facts: ModelFacts, setup: Setup, whole: dict[str, int]) -> int:

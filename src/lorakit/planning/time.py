@@ -7,7 +7,7 @@ runs the blocks forward once more. Embeddings, norms and activations are a few p
 
 No machine does all that at the rate of its matrix products: lorakit's steps were measured to take 1.6 to 2.3
 times as long (benchmarks/step.py), so `EFFICIENCY` is a half. Weights in a few bits are decoded once in each
-direction, at `Rates.decoded` numbers a second.
+direction, which on a CPU takes as long as the products of some hundred tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 from lorakit import hardware
 from lorakit.errors import UsageError
 from lorakit.files import cache_folder
+from lorakit.hardware import Device
 from lorakit.modelinfo.facts import ModelFacts, share
 from lorakit.planning.adapters import adapted, numbers
 from lorakit.planning.setup import Setup
@@ -30,16 +31,16 @@ EFFICIENCY = 0.5
 RATES_FILE = "rates.json"  # in the cache: {"gflops": {"bf16": 430.0, …}}
 _CORE = {"fp32": 50.0, "bf16": 25.0, "fp16": 1.0}  # GFLOP/s of a core nobody measured: 256-bit FMA at 3 GHz
 _BF16 = 100.0  # with bf16 instructions
-_DECODED = 1.0e9  # numbers a second: 15 ms for 4096 × 4096, as bitsandbytes on two cores
+# Numbers decoded a second: 15 ms for 4096 × 4096, as bitsandbytes on two cores; a GPU's memory, not measured.
+_DECODED: dict[Device, float] = {"cpu": 1.0e9, "cuda": 2.0e11}
 
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a machine multiplies (GFLOP/s), and where that is known from; None if it is not."""
+    """How fast a machine multiplies, and where that is known from; None if it is not."""
 
     gflops: float | None
     origin: str
-    decoded: float = _DECODED
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def time(facts: ModelFacts, setup: Setup, rates: Rates) -> Time:
     seconds = flops / (rates.gflops * 1e9 * EFFICIENCY)
     if setup.bits < 16:
         quantised = sum(m.size * m.count for m in facts.modules if m.kind == "linear" and m.path != facts.head)
-        seconds += setup.accumulation * (3 if setup.checkpointing else 2) * quantised / rates.decoded
+        seconds += setup.accumulation * (3 if setup.checkpointing else 2) * quantised / _DECODED[setup.device]
     tokens = setup.accumulation * setup.tokens * setup.ranks
     return Time(flops, seconds, tokens / seconds, rates)
 
