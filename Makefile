@@ -3,10 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
-BENCHMARKS = $(sort $(wildcard benchmarks/*.py))
+# Kept apart: transformers imports it at every start where it is installed, which takes seconds. Only the tests
+# of several processes look there.
+DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
+BENCHMARKS = $(filter-out benchmarks/kill_matrix.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test soak lint bench clean
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-7s %s\n", $$1, $$2 }' Makefile
@@ -17,6 +20,8 @@ setup: $(STAMP) ## Make .venv and install lorakit into it with the exact version
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[test,lint]'
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-deps --upgrade \
+		--target .venv/deepspeed $(DEEPSPEED)
 	@touch $@
 
 demo: $(STAMP) ## Train an adapter for a small real model and show what it is worth
@@ -24,7 +29,10 @@ demo: $(STAMP) ## Train an adapter for a small real model and show what it is wo
 
 test: $(STAMP) ## Fetch the demo's model and data once, then run all tests offline
 	$(BIN)/lorakit demo --prepare
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
+soak: $(STAMP) ## Kill runs and fill disks at every change that saving makes, for an hour or more
+	$(BIN)/python benchmarks/kill_matrix.py
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

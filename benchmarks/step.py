@@ -23,12 +23,17 @@ from lorakit import add_lora_to_model, hardware
 from lorakit.data.collate import pad
 from lorakit.data.encode import Row, encode_all
 from lorakit.data.reading import read_samples
+from lorakit.data.rendering import Policy
+from lorakit.data.templates import find_template
 from lorakit.demo.addresses import prepare
 from lorakit.evals.objective import batching
 from lorakit.files import cache_folder, write_json
 from lorakit.models.load import load_model, load_tokenizer
 from lorakit.models.sources import DEMO_MODEL, locate
-from lorakit.training.optim import adamw
+from lorakit.optim.build import build_optimizer
+from lorakit.optim.spec import OptimizerSpec
+from lorakit.parallel.strategy import Strategy
+from lorakit.parallel.world import World
 from lorakit.training.step import train_step
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -45,14 +50,15 @@ def main() -> None:
     source = locate(DEMO_MODEL)
     tokenizer = load_tokenizer(source)
     train, _ = prepare(cache_folder() / "addresses")
-    rows, _ = encode_all(tokenizer, read_samples([train]).samples, cutoff_len=2048)
+    samples = read_samples([train]).samples
+    rows, _ = encode_all(tokenizer, samples, Policy(2048), find_template(tokenizer, "auto"))
     precision = hardware.best_precision()
 
     ours = add_lora_to_model(load_model(source, precision=precision), r=8, seed=0).train()
     theirs = peft.get_peft_model(
         load_model(source, precision=precision), peft.LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS)
     ).train()
-    optimizer = adamw(ours, rate=1e-3, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0)
+    strategy = Strategy(ours, build_optimizer(ours, OptimizerSpec("adamw_torch", 1e-3)), World())
     their_optimizer = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], lr=1e-3)
 
     def peft_step(chosen: list[Row]) -> None:
@@ -68,7 +74,7 @@ def main() -> None:
     with batching(ours, tokenizer, rows) as collate:
 
         def lorakit_step(chosen: list[Row]) -> None:
-            train_step(ours, [collate(chosen)], optimizer, 1.0)
+            train_step(strategy, [collate(chosen)], 1.0)
 
         result = compare(lorakit_step, peft_step, rows, options.pairs, options.rows)
     result |= {

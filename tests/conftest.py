@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Programs that tests start inherit these. Set before transformers is imported, which reads them once.
+# Programs that tests start inherit these. Set before transformers and torch are imported, which read them once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PIP_NO_INDEX"] = "1"
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))  # they share the cores
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
 
 CHATML = (
     "{% for message in messages %}"
@@ -70,6 +73,31 @@ def log_restored() -> Iterator[None]:
     yield
     logger.handlers[:], logger.propagate = handlers, propagate
     logger.setLevel(level)
+
+
+@pytest.fixture(scope="session")
+def single_thread() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """A block in which torch computes on one thread."""
+
+    @contextlib.contextmanager
+    def block() -> Iterator[None]:
+        import torch
+
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+
+    return block
+
+
+@pytest.fixture(scope="module")
+def one_thread(single_thread: Callable[[], contextlib.AbstractContextManager[None]]) -> Iterator[None]:
+    """A tiny model gains nothing from a second thread, and two runs at once wait for each other."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

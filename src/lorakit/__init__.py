@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorakit.adapters.attach import add_lora_to_model, count_parameters, freeze_backbone_params
     from lorakit.adapters.spec import LoRAConfig
     from lorakit.checkpoint.manager import LoRAManager
+    from lorakit.evals.batch_size import find_optimal_batch_size
     from lorakit.planning.plan import plan
     from lorakit.standalone import LinearWithLoRA, LoRALayer
     from lorakit.training.recipe import train
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "add_lora_to_model",
     "count_parameters",
+    "find_optimal_batch_size",
     "freeze_backbone_params",
     "plan",
     "train",
@@ -38,6 +40,7 @@ _MODULES = {
     "LoRAManager": "lorakit.checkpoint.manager",
     "add_lora_to_model": "lorakit.adapters.attach",
     "count_parameters": "lorakit.adapters.attach",
+    "find_optimal_batch_size": "lorakit.evals.batch_size",
     "freeze_backbone_params": "lorakit.adapters.attach",
     "plan": "lorakit.planning.plan",
     "train": "lorakit.training.recipe",

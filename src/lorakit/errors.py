@@ -7,10 +7,12 @@
   - ModelError             4  a model, adapter or checkpoint that cannot be used
     · TargetError          4  adapter targets that match nothing, or what cannot carry an adapter
     · AdapterMismatchError 4  adapter tensors that do not fit the model
+    · DamagedError         4  a checkpoint that is not what was written
   - DivergedError          5  loss or gradient is no longer finite
   - StorageError           6  a file cannot be written
   - MemoryLimitError       7  out of memory
   - ConflictError          8  somebody else's results or run stand in the way
+  - RankError              *  another rank failed first (its exit code; 137 if it vanished)
   - Interrupted          130  stopped by SIGINT (143: SIGTERM) with the state saved
 """
 
@@ -112,6 +114,12 @@ class AdapterMismatchError(ModelError):
     code = "E-ADAPTER"
 
 
+class DamagedError(ModelError):
+    """A checkpoint that is not what was written: an earlier one may do."""
+
+    code = "E-DAMAGED"
+
+
 class DivergedError(LorakitError):
     """Loss or gradient is no longer finite."""
 
@@ -138,6 +146,16 @@ class ConflictError(LorakitError):
 
     exit_code = 8
     code = "E-CONFLICT"
+
+
+class RankError(LorakitError):
+    """Another rank of the run failed first, so that this one cannot go on."""
+
+    code = "E-RANK"
+
+    def __init__(self, message: str, *, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[misc]  # that of the first cause
 
 
 class Interrupted(LorakitError):  # noqa: N818 - the user's wish, not a fault

@@ -20,6 +20,7 @@ PUBLIC_NAMES = [
     "__version__",
     "add_lora_to_model",
     "count_parameters",
+    "find_optimal_batch_size",
     "freeze_backbone_params",
     "plan",
     "train",

@@ -42,12 +42,20 @@ RULES: dict[str, tuple[Callable[[ast.AST], bool], str, dict[str, int]]] = {
     "broad except": (
         broad_except,
         "try: pass\nexcept (OSError, Exception): pass",
-        {"cli/main.py": 1},  # the last net, which turns a bug into a line and an exit code
+        {
+            "cli/main.py": 1,
+            "report/trackers.py": 1,
+        },  # the last net, which turns a bug into a line and an exit code
     ),
-    "bare except": (broad_except, "try: pass\nexcept: pass", {"cli/main.py": 1}),
+    "bare except": (broad_except, "try: pass\nexcept: pass", {"cli/main.py": 1, "report/trackers.py": 1}),
     "run source text": (calls("exec", "eval", "__import__"), "exec('x = 1')", {}),
-    "set environment": (environment_write, "import os\nos.environ['X'] = '1'", {}),
-    "update environment": (environment_write, "import os\nos.environ.setdefault('X', '1')", {}),
+    # join: srun does not set the variables by which other libraries know their rank
+    "set environment": (environment_write, "import os\nos.environ['X'] = '1'", {"parallel/world.py": 1}),
+    "update environment": (
+        environment_write,
+        "import os\nos.environ.setdefault('X', '1')",
+        {"parallel/world.py": 1},
+    ),
     "print": (calls("print"), "print(1)", {}),
 }
 

@@ -6,7 +6,7 @@ the real sizes, on the meta device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from lorakit.adapters.attach import adapter_layers, add_lora_to_model, count_parameters, detach, merge, unmerge
 from lorakit.checkpoint.peft_format import load_adapter, save_adapter
 from lorakit.errors import TargetError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = torch.randint(3, 30, (2, 7), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
@@ -95,15 +97,6 @@ CASES = [
     for targets in ("all", *others)
     for method in ("lora", "dora", "adalora")
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Shapes this small take longer to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(name: str) -> nn.Module:

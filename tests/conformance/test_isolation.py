@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lorakit.adapters.attach import add_lora_to_model
 from lorakit.data.collate import pack
 from lorakit.data.encode import Row
+from lorakit.data.order import Grouping, Order
 from lorakit.data.packing import best_fit
 from lorakit.evals.objective import batch_loss
 from lorakit.models import patch
 from lorakit.ops.attention import packed_attention, packed_attention_reference
-from lorakit.training.order import Grouping, updates
 
 VOCABULARY, CAPACITY = 60, 64
 
@@ -122,8 +122,9 @@ def test_the_gradient_of_packed_updates_is_that_of_single_rows() -> None:
         return total, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
     lengths = [len(row.ids) for row in rows]
-    for update in updates(lengths, grouping, steps=3, seed=0):
-        packed_rows = [[rows[number] for number in group] for group in update]
+    order = Order(lengths, grouping, seed=0)
+    for step in (1, 2, 3):
+        packed_rows = [[rows[number] for number in group] for group in order.update(step)]
         assert all(len(group) > 2 for group in packed_rows)
         loss, found = gradient(packed_rows)
         expected_loss, expected = gradient([[row] for group in packed_rows for row in group])

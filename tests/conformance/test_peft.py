@@ -24,8 +24,11 @@ from lorakit.checkpoint.peft_format import load_adapter, save_adapter
 from lorakit.data.encode import Row
 from lorakit.errors import AdapterMismatchError, ConflictError
 from lorakit.evals.objective import batching
-from lorakit.training.optim import adamw
-from lorakit.training.schedule import learning_rate
+from lorakit.optim.build import build_optimizer
+from lorakit.optim.schedule import Schedule
+from lorakit.optim.spec import OptimizerSpec
+from lorakit.parallel.strategy import Strategy
+from lorakit.parallel.world import World
 from lorakit.training.step import train_step
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -312,7 +315,8 @@ def peft_losses(
 def our_losses(
     model: Any, tokenizer: Any, batches: list[list[Row]], rate: Callable[[int], float], decay: float
 ) -> list[float]:
-    optimizer = adamw(model, rate=1.0, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=decay)
+    optimizer = build_optimizer(model, OptimizerSpec("adamw_torch", 1.0, weight_decay=decay))
+    strategy = Strategy(model, optimizer, World())
     losses = []
     with batching(model, tokenizer, [row for rows in batches for row in rows]) as collate:
         for step, rows in enumerate(batches):
@@ -321,7 +325,7 @@ def our_losses(
             half = len(rows) // 2
             micro = [collate(rows[:half]), collate(rows[half:])]  # two packed batches an update
             assert all(batch.packed for batch in micro)
-            losses.append(train_step(model, micro, optimizer, 1.0).loss)
+            losses.append(train_step(strategy, micro, 1.0).loss)
     return losses
 
 
@@ -347,7 +351,7 @@ def test_training_is_the_same_as_with_peft(
     batches = [[pool[(4 * step + i) % 8] for i in range(4)] for step in range(steps)]
 
     def rate(step: int) -> float:
-        return learning_rate(step, kind="cosine", peak=peak, steps=steps, warmup=2)
+        return Schedule("cosine", peak, steps, warmup=2).rate(step)
 
     expected = peft_losses(theirs, batches, rate, decay=0.01)
     found = our_losses(ours, tokenizer, batches, rate, decay=0.01)

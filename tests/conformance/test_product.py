@@ -73,15 +73,7 @@ NOT_IN_PEFT: dict[str, Callable[[str, str], bool]] = {
     "PEFT's DoRA norm of a grouped convolution fails": lambda m, h: m == "dora" and h in GROUPED,
 }  # fmt: skip
 NUMBERS = [(m, h) for m in METHODS for h in HOSTS]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Shapes this small take longer to share out than to compute."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class Net(nn.Module):

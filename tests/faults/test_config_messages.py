@@ -25,7 +25,7 @@ OVERRIDES = {
     "star": ["dataset=*.jsonl"],
     "python tag": ["seed=!!python/name:os.system x"],
     "twice": ["seed=1", "seed=2"],
-    "not built yet": ["quantization_bit=4"],
+    "not built yet": ["rope_scaling=linear"],
     "empty": ["output_dir="],
     "contradicts the file": ["fp16=true"],
     "control characters": ["seed=\x1b[31mred"],

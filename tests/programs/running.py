@@ -35,7 +35,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 def small_run(folder: Path, out: Path, *overrides: str) -> list[object]:
     """``train`` for two updates, without evaluation; later overrides win by standing for earlier ones."""
     given = {
-        "output_dir": str(out), "max_steps": "2", "logging_steps": "1", "save_steps": "null",
+        "output_dir": str(out), "max_steps": "2", "logging_steps": "1", "save_strategy": "no",
         "eval_dataset": "null", "eval_on_start": "false", "predict_with_generate": "false",
     }  # fmt: skip
     given |= dict(override.split("=", 1) for override in overrides)
@@ -44,7 +44,7 @@ def small_run(folder: Path, out: Path, *overrides: str) -> list[object]:
 
 def events(run: Path, kind: str) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert {event["event"] for event in found} <= {"train", "eval"}
+    assert {event["event"] for event in found} <= {"train", "eval", "note"}
     return [event for event in found if event["event"] == kind]
 
 

@@ -46,11 +46,12 @@ class TestRun:
     def test_the_files(self, run: Path) -> None:
         assert {path.name for path in run.iterdir()} == {
             "config.resolved.yaml", "metrics.jsonl", "run.json", "report.html", "adapter",
-            "checkpoint-25", "checkpoint-50",
+            "checkpoint-25", "checkpoint-50", "checkpoint-60",
         }  # fmt: skip
         saved = {"adapter_config.json", "adapter_model.safetensors", "lorakit.json", "chat_template.jinja"}
         assert {path.name for path in (run / "adapter").iterdir()} == saved | {"README.md"}
-        assert {path.name for path in (run / "checkpoint-25").iterdir()} == saved
+        state = {"state.safetensors", "state.json", "manifest.json", "config.resolved.yaml"}
+        assert {path.name for path in (run / "checkpoint-25").iterdir()} == saved | state
 
     def test_the_metrics(self, run: Path) -> None:
         train = events(run, "train")
@@ -159,7 +160,7 @@ class TestAgain:
         self, folder: Path, lorakit: Call, tmp_path: Path
     ) -> None:
         out = tmp_path / "out"
-        assert lorakit(*small_run(folder, out, "save_steps=1"))[0] == 0
+        assert lorakit(*small_run(folder, out, "save_strategy=steps", "save_steps=1"))[0] == 0
         assert (out / "checkpoint-1").is_dir()
         (out / "notes.txt").write_text("mine")
         assert lorakit(*small_run(folder, out, "overwrite_output_dir=true"))[0] == 0
@@ -346,12 +347,12 @@ class TestStopping:
     ) -> None:
         out, status, stdout, err = stopped[signum]
         assert (status, stdout) == (128 + signum, ""), err
-        last = err.splitlines()[-1]
-        assert last == (
-            f"error[INTERRUPTED]: stopped by signal {signum.value}; the adapter is in {out / 'adapter'}"
-        )
-        assert "Traceback" not in err
         train = events(out, "train")
+        assert err.splitlines()[-2:] == [
+            f"error[INTERRUPTED]: stopped by signal {signum.value}; update {len(train)} is saved in {out}",
+            "  = help: go on with `lorakit train CONFIG --resume auto`",
+        ]
+        assert "Traceback" not in err
         assert [event["step"] for event in train] == list(range(1, len(train) + 1))
         assert events(out, "eval") == []
         assert json.loads((out / "run.json").read_text())["status"] == "interrupted"
@@ -359,6 +360,24 @@ class TestStopping:
         card = (out / "adapter" / "README.md").read_text()
         assert "The run did not come to its end" in card
         assert lorakit("generate", out, "Hi", "--max-new-tokens", 2)[0] == 0
+
+    def test_a_stopped_run_goes_on_as_if_it_had_not_been(
+        self, folder: Path, lorakit: Call, tmp_path: Path
+    ) -> None:
+        """Another process takes it up, and ends with the adapter of the run that nobody stopped."""
+        keys = ("max_steps=80", "lora_dropout=0.1", "per_device_train_batch_size=1")
+        process = start(*small_run(folder, tmp_path / "stopped", *keys))
+        wait_for_metrics(tmp_path / "stopped", process)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 143, err
+        assert 0 < len(events(tmp_path / "stopped", "train")) < 80
+        status, _, err = lorakit(*small_run(folder, tmp_path / "stopped", *keys), "--resume", "auto")
+        assert status == 0, err
+        assert "R0, bit for bit as if it had never stopped" in err
+        assert lorakit(*small_run(folder, tmp_path / "whole", *keys))[0] == 0
+        weights = "adapter/adapter_model.safetensors"
+        assert sha256_file(tmp_path / "stopped" / weights) == sha256_file(tmp_path / "whole" / weights)
 
 
 def wait_for_metrics(run: Path, process: subprocess.Popen[str], seconds: float = 120) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -195,17 +194,9 @@ def test_text() -> None:
         check_text(recorded, Words({"a": 0, "é": 1}, "{{ y }}"))
 
 
-def test_it_takes_no_time(smollm2: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def test_adapters_do_not_change_that_of_the_real_model(smollm2: Path) -> None:
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(smollm2)
     before = fingerprint(model)
-    add_lora_to_model(model, r=4)
-    spent = []
-    for _ in range(3):
-        start = time.process_time()
-        assert fingerprint(model) == before
-        text_fingerprint(tokenizer)
-        spent.append(time.process_time() - start)
-    assert min(spent) < 0.3
+    assert fingerprint(add_lora_to_model(model, r=4)) == before

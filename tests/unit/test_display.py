@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
+from lorakit.report import display
+from lorakit.report.display import LiveDisplay, PlainDisplay, make_display
 from lorakit.report.numbers import DASH, blend, duration
-from lorakit.training import display
-from lorakit.training.display import LiveDisplay, PlainDisplay, make_display
 
 ENTRY = {
     "event": "train",

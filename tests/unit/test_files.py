@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,17 @@ import pytest
 
 from lorakit import hardware
 from lorakit.errors import StorageError
-from lorakit.files import sha256_file, staged_folder, write_json, write_text, write_with
+from lorakit.files import (
+    discard,
+    fsync,
+    low_space,
+    sha256_file,
+    staged_folder,
+    tidy,
+    write_json,
+    write_text,
+    write_with,
+)
 
 
 @pytest.fixture
@@ -50,6 +62,18 @@ class TestFile:
             write_text(tmp_path / "file" / "a.txt", "x")
         assert caught.value.message.startswith(f"cannot write {tmp_path}/file/a.txt: ")
         assert caught.value.exit_code == 6
+
+    def test_the_mode_of_a_file_that_is_replaced_is_kept(self, tmp_path: Path, umask: None) -> None:
+        write_text(tmp_path / "a", "1")
+        assert (tmp_path / "a").stat().st_mode & 0o777 == 0o640
+        (tmp_path / "a").chmod(0o604)
+        write_text(tmp_path / "a", "2")
+        assert ((tmp_path / "a").stat().st_mode & 0o777, (tmp_path / "a").read_text()) == (0o604, "2")
+
+    def test_a_file_system_that_cannot_flush(self) -> None:
+        with pytest.raises(OSError, match="Invalid argument"), Path("/dev/null").open("rb") as stream:
+            os.fsync(stream.fileno())
+        fsync(Path("/dev/null"))
 
     def test_sha256(self, tmp_path: Path) -> None:
         (tmp_path / "a").write_bytes(b"abc")
@@ -95,7 +119,7 @@ class TestFolder:
         (target / "old").touch()
 
         def refuse(path: Path, to: Path) -> Path:
-            if path.name.startswith(".tmp-"):
+            if path.name.startswith(".lorakit-new-") and to == target:
                 raise OSError(28, "No space left on device")
             return replace(path, to)
 
@@ -104,10 +128,97 @@ class TestFolder:
             pass
         assert (names(tmp_path), names(target)) == (["adapter"], ["old"])
 
+    def test_modes_of_what_is_replaced_are_kept(self, tmp_path: Path, umask: None) -> None:
+        target = tmp_path / "adapter"
+        for _ in range(2):
+            with staged_folder(target) as stage:
+                (stage / "below").mkdir()
+                for name in ("a", "below/b", "c"):
+                    (stage / name).touch(0o600)
+            if target.stat().st_mode & 0o777 == 0o750:  # the first time
+                target.chmod(0o711)
+                (target / "below" / "b").chmod(0o604)
+        modes = [path.stat().st_mode & 0o777 for path in (target, *(target / n for n in ("a", "below/b", "c")))]
+        assert modes == [0o711, 0o640, 0o604, 0o640]
+
     def test_below_a_file(self, tmp_path: Path) -> None:
         (tmp_path / "file").touch()
         with pytest.raises(StorageError), staged_folder(tmp_path / "file" / "adapter"):
             raise AssertionError("the block must not start")
+
+
+class TestLeftovers:
+    @pytest.fixture
+    def left(self, tmp_path: Path) -> Path:
+        for name in (
+            ".lorakit-new-01234567-adapter", ".lorakit-old-01234567-adapter", "adapter",
+            ".lorakit-old-01234567-gone\nfile é",
+            ".lorakit-old-0123456-short", ".old-results-20240101", ".lorakit-new-0123456X-mine",
+        ):  # fmt: skip
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").write_text(name)
+        (tmp_path / ".lorakit-new-89abcdef-run.json").write_text("{")
+        (tmp_path / ".lorakit-old-89abcdef-card.md").write_text("whole")
+        return tmp_path
+
+    def test_what_was_moved_aside_comes_back_and_the_rest_goes(self, left: Path) -> None:
+        tidy(left)
+        assert names(left) == [
+            ".lorakit-new-0123456X-mine", ".lorakit-old-0123456-short", ".old-results-20240101",
+            "adapter", "card.md", "gone\nfile é",
+        ]  # fmt: skip
+        assert (left / "adapter" / "file").read_text() == "adapter"
+        assert (left / "gone\nfile é" / "file").read_text() == ".lorakit-old-01234567-gone\nfile é"
+        assert (left / "card.md").read_text() == "whole"
+
+    def test_one_name_alone(self, left: Path) -> None:
+        before = set(names(left))
+        tidy(left, "adapter")
+        assert before - set(names(left)) == {".lorakit-new-01234567-adapter", ".lorakit-old-01234567-adapter"}
+
+    def test_links_are_not_followed(self, tmp_path: Path) -> None:
+        (tmp_path / "mine").mkdir()
+        (tmp_path / "mine" / "file").touch()
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / ".lorakit-new-01234567-a").symlink_to(tmp_path / "mine")
+        tidy(tmp_path / "run")
+        assert (names(tmp_path / "run"), names(tmp_path / "mine")) == ([], ["file"])
+
+    def test_a_folder_that_is_not_there(self, tmp_path: Path) -> None:
+        with pytest.raises(StorageError, match="No such file"):
+            tidy(tmp_path / "missing")
+        with pytest.raises(StorageError, match="No such file"):
+            discard(tmp_path / "missing")
+
+    def test_discarding(self, tmp_path: Path) -> None:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "file").touch()
+        (tmp_path / "file").touch()
+        discard(tmp_path / "folder")
+        discard(tmp_path / "file")
+        assert names(tmp_path) == []
+
+    def test_what_is_aside_already_keeps_its_target(self, tmp_path: Path) -> None:
+        long = "x" * 230  # with one prefix more it would be too long a name
+        (tmp_path / f".lorakit-old-01234567-{long}").touch()
+        (tmp_path / long).touch()
+        tidy(tmp_path)
+        assert names(tmp_path) == [long]
+
+
+class TestSpace:
+    def test_a_warning_says_how_much(self, tmp_path: Path) -> None:
+        free = shutil.disk_usage(tmp_path).free
+        assert low_space(tmp_path, free // 2) is None
+        told = re.match(
+            rf"([\d.]+) GB are left in {tmp_path}, and ([\d.]+) GB", str(low_space(tmp_path, 10 * free))
+        )
+        assert told is not None
+        assert float(told[1]) == pytest.approx(free / 1e9, rel=0.05, abs=0.02)
+        assert float(told[2]) == pytest.approx(free / 1e8, rel=0.05, abs=0.02)
+
+    def test_a_folder_that_is_gone(self, tmp_path: Path) -> None:
+        assert "No such file" in str(low_space(tmp_path / "gone", 1))
 
 
 class TestMachine:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lorakit.data.order import Grouping, Order, epoch_order
 from lorakit.data.packing import best_fit, by_length, fill, within_budget
-from lorakit.training.order import Grouping, epoch_order, updates
 
 
 def first_best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -111,7 +111,8 @@ GROUPINGS = {
 def test_every_epoch_sees_every_row_once_in_as_many_updates(name: str, lengths: list[int]) -> None:
     grouping = GROUPINGS[name]
     per_epoch = grouping.updates_per_epoch(lengths)
-    got = list(updates(lengths, grouping, steps=3 * per_epoch, seed=5))
+    order = Order(lengths, grouping, seed=5)
+    got = [order.update(step) for step in range(1, 3 * per_epoch + 1)]
     for epoch in range(3):
         mine = got[epoch * per_epoch : (epoch + 1) * per_epoch]
         assert sorted(row for update in mine for batch in update for row in batch) == list(range(len(lengths)))

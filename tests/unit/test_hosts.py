@@ -6,12 +6,17 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import LinearFP4, LinearNF4
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.adapters.attach import adapter_layers, add_lora_to_model
 from lorakit.adapters.hosts import HOSTS, host_for, host_of
 from lorakit.errors import TargetError
+from lorakit.quant.blockwise import FourBit
+from lorakit.quant.int8 import Int8
+from lorakit.quant.interop import bitsandbytes_linear
+from lorakit.quant.modules import quantized
 
 SHAPES: list[tuple[nn.Module, int, tuple[int, ...], tuple[int, ...]]] = [
     (nn.Linear(6, 10), 4, (4, 6), (10, 4)),
@@ -23,6 +28,12 @@ SHAPES: list[tuple[nn.Module, int, tuple[int, ...], tuple[int, ...]]] = [
     (nn.Conv2d(4, 8, 3, groups=2), 4, (4, 2, 3, 3), (8, 2, 1, 1)),
     (nn.Conv2d(8, 8, 3, groups=8), 8, (8, 1, 3, 3), (8, 1, 1, 1)),
     (nn.Conv3d(4, 8, 2), 2, (2, 4, 2, 2, 2), (8, 2, 1, 1, 1)),
+]
+QUANTISED: list[nn.Module] = [
+    quantized(nn.Linear(64, 10), FourBit()),
+    *(bitsandbytes_linear(quantized(nn.Linear(64, 10), form)) for form in (FourBit("fp4"), Int8())),
+    LinearNF4(64, 10).to("cpu"),
+    LinearFP4(64, 10).to("cpu"),
 ]
 
 
@@ -38,9 +49,14 @@ def test_shapes(module: nn.Module, r: int, A: tuple[int, ...], B: tuple[int, ...
     assert torch.equal(host.like_weight(matrix, module.weight), module.weight)
 
 
+@pytest.mark.parametrize("module", QUANTISED)
+def test_a_quantised_layer_has_the_shapes_of_the_dense_one(module: nn.Module) -> None:
+    assert host_of(module, "it", 4).shapes(module, 4) == ((4, 64), (10, 4))
+
+
 def test_every_host_is_tried() -> None:
     assert {type(host_for(module)) for module, *_ in SHAPES} == {type(host) for host in HOSTS.values()}
-    kinds = {f"{type(m).__module__}.{type(m).__qualname__}" for m, *_ in SHAPES}
+    kinds = {f"{type(m).__module__}.{type(m).__qualname__}" for m in [*QUANTISED, *(m for m, *_ in SHAPES)]}
     assert kinds == set(HOSTS)
 
 

@@ -15,8 +15,10 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as chatter
 
+from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.quantized import quantize_model
 from lorakit.models.sources import DEMO_MODEL, ModelSource, local_folder, locate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -193,7 +195,8 @@ def test_a_broken_configuration(folder: Path) -> None:
 
 def test_quantized_weights(folder: Path) -> None:
     edit(folder / "config.json", quantization_config={"quant_method": "gptq"})
-    assert refused(folder).message == "the weights in this folder are quantized already"
+    message = "the weights in this folder are quantised with gptq, which cannot be read here"
+    assert refused(folder).message == message
 
 
 @pytest.mark.parametrize(
@@ -223,24 +226,36 @@ def test_a_missing_gguf(tmp_path: Path) -> None:
 def test_a_cut_gguf_leaves_nothing_behind(tiny_gguf: Path, tmp_path: Path, cache: Path, keep: int) -> None:
     path = tmp_path / "cut.gguf"
     path.write_bytes(tiny_gguf.read_bytes()[:keep])
-    assert refused(path).message.startswith("this GGUF file cannot be converted")
+    assert refused(path).message.startswith("this is not a usable GGUF file: ")
+    assert not (cache / "models").exists()
+
+
+def test_a_gguf_of_an_unknown_architecture_leaves_nothing_behind(tmp_path: Path, cache: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "odd.gguf", "martian")
+    writer.add_tensor("token_embd.weight", np.zeros((4, 4), dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelError, match="this GGUF file cannot be converted"):
+        local_folder(locate(str(tmp_path / "odd.gguf")))
     assert [made.name for made in (cache / "models").iterdir() if made.is_dir()] == []
 
 
 def test_a_gguf_becomes_a_plain_folder_once(tiny_gguf: Path, cache: Path, capfd: pytest.CaptureFixture) -> None:
     bars = chatter.is_progress_bar_enabled()
     source = locate(str(tiny_gguf))
+    folder = local_folder(source)
     assert capfd.readouterr() == ("", "")
     assert chatter.is_progress_bar_enabled() == bars
-    assert source.kind == "gguf"
-    assert source.path is not None
-    assert source.path.parent == cache / "models"
-    made = (source.path / "model.safetensors").stat().st_mtime_ns
-    assert locate(str(tiny_gguf)) == source
-    assert (source.path / "model.safetensors").stat().st_mtime_ns == made
+    assert source == ModelSource(str(tiny_gguf), "gguf", tiny_gguf)
+    assert folder.parent == cache / "models"
+    made = (folder / "model.safetensors").stat().st_mtime_ns
+    assert local_folder(source) == local_folder(source, weights=False) == folder
+    assert (folder / "model.safetensors").stat().st_mtime_ns == made
 
-    model = AutoModelForCausalLM.from_pretrained(source.path)
-    tokenizer = AutoTokenizer.from_pretrained(source.path)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tiny_gguf).tensors}
     embedding = model.get_input_embeddings().weight.detach().numpy()
     assert np.array_equal(embedding, written["token_embd.weight"])
@@ -249,6 +264,20 @@ def test_a_gguf_becomes_a_plain_folder_once(tiny_gguf: Path, cache: Path, capfd:
     assert tokenizer.decode(tokenizer("hello").input_ids) == "hello"
     assert tokenizer.chat_template == "{{ messages }}"
     assert tokenizer.model_max_length == 64
+
+
+def test_a_gguf_is_quantised_without_a_dense_copy(tiny_gguf: Path, cache: Path) -> None:
+    source = locate(str(tiny_gguf))
+    model = load_model(source, precision="fp32", quantization=Quantization())
+    load_tokenizer(source)
+    (made,) = (path for path in (cache / "models").iterdir() if path.is_dir())
+    assert not list(made.glob("*.safetensors"))
+    assert model.generation_config.eos_token_id == 2
+
+    expected = quantize_model(load_model(source, precision="fp32"))  # by way of the dense folder
+    ids = torch.tensor([[1, 5, 9, 2]])
+    assert torch.equal(model(ids).logits, expected(ids).logits)
+    assert model.model.layers[0].self_attn.q_proj.name == "nf4"
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])

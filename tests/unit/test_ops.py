@@ -199,6 +199,16 @@ def test_packed_attention_is_its_reference(lengths: list[int], groups: int, shar
     assert_same(found, expected, 1e-12)
 
 
+@pytest.mark.parametrize("tile", [1, 5, 16])
+def test_tiles_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+    monkeypatch.setattr(attention, "_TILE", tile)
+    lengths = [16, 17, 3, 16, 40]
+    operands = attention_inputs(lengths, heads=6, groups=2, seed=21)
+    found = outputs_and_gradients(packed_attention, operands, lengths=lengths, scaling=0.4)
+    expected = outputs_and_gradients(packed_attention_reference, operands, lengths=lengths, scaling=0.4)
+    assert_same(found, expected, 1e-12)
+
+
 def test_packed_attention_by_hand() -> None:
     """Softmax over the tokens so far, token by token."""
     lengths = (3, 1, 5)

@@ -13,11 +13,11 @@ import pytest
 
 from lorakit.config.load import load_mapping
 from lorakit.config.resolve import resolve
+from lorakit.data.configured import read_data
 from lorakit.data.hub import HubSet, hub_rows
 from lorakit.data.mix import Mix, blend, draw, split_rows
 from lorakit.data.reading import Reading, SampleStream, find_sets, read_samples
 from lorakit.errors import ConfigError, DataError
-from lorakit.training.reading import read_data
 
 
 def rows(path: Path, *answers: str) -> Path:

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from lorakit.data.cache import Cached, cached, describe_files, describe_tokenizer
 from lorakit.data.encode import Row
-from lorakit.data.store import StoredRows, lengths_of, to_batch
+from lorakit.data.store import StoredRows, lengths_of, rows_fingerprint, to_batch
 from lorakit.errors import DataError, StorageError
 from lorakit.ops.loss import IGNORE
 
@@ -68,6 +68,14 @@ class TestStore:
         for outside in (25, -26):
             with pytest.raises(IndexError):
                 stored[outside]
+
+    def test_the_fingerprint_is_that_of_the_rows_however_they_are_kept(self, stored: StoredRows) -> None:
+        known = rows_fingerprint(ROWS)
+        assert rows_fingerprint(stored) == known
+        others = [Row(row.ids, (IGNORE, *row.labels[1:])) for row in ROWS]
+        moved = [Row(ROWS[0].ids + ROWS[1].ids[:1], ROWS[0].labels + ROWS[1].labels[:1])]
+        moved += [Row(ROWS[1].ids[1:], ROWS[1].labels[1:]), *ROWS[2:]]
+        assert len({known, *map(rows_fingerprint, (others, moved, ROWS[::-1], ROWS[1:]))}) == 5
 
     def test_lengths_are_known_without_reading(self, stored: StoredRows) -> None:
         assert lengths_of(stored) == lengths_of(ROWS) == [len(row.ids) for row in ROWS]
@@ -203,7 +211,7 @@ class TestCache:
             pass
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-        (left,) = tmp_path.glob(".tmp-*")
+        (left,) = tmp_path.glob(".lorakit-new-*")
         start = time.monotonic()
         assert cached({}, Builder(), folder=tmp_path).fresh
         assert time.monotonic() - start < 30

@@ -1,47 +1,138 @@
-"""Rates and order of the updates: pure functions of the step and the seed."""
+"""Learning rates: pure functions of the step, equal to those of the schedulers that they are named after."""
 
 from __future__ import annotations
 
-import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import nn
 from transformers import get_scheduler
 
-from lorakit.training.order import Grouping, epoch_order, total_steps, updates
-from lorakit.training.schedule import learning_rate, warmup_steps
+from lorakit.config.schema import TrainConfig
+from lorakit.errors import UsageError
+from lorakit.optim.schedule import KINDS, Schedule, warmup_steps
+
+STEPS, WARMUP = 40, 10
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("linear", {}),
+    ("cosine", {}),
+    ("cosine", {"num_cycles": 1.25}),
+    ("cosine_with_restarts", {}),
+    ("cosine_with_restarts", {"num_cycles": 3}),
+    ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
+    ("cosine_with_min_lr", {"min_lr": 1e-5, "num_cycles": 0.75}),
+    ("polynomial", {}),
+    ("polynomial", {"power": 2.5, "lr_end": 1e-5}),
+    ("constant", {}),
+    ("constant_with_warmup", {}),
+    ("inverse_sqrt", {}),
+    ("inverse_sqrt", {"timescale": 3}),
+    ("warmup_stable_decay", {"num_decay_steps": 1}),
+    ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "linear", "min_lr_ratio": 0.2}),
+    ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "1-sqrt", "min_lr_ratio": 0.05}),
+]
+
+
+def theirs(kind: str, settings: Mapping[str, Any], *, peak: float, steps: int, warmup: int) -> list[float]:
+    """Every rate of transformers' scheduler of this name."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
+    scheduler = get_scheduler(kind, optimizer, warmup, steps, dict(settings))
+    return [peak * scheduler.lr_lambdas[0](step) for step in range(steps)]
+
+
+def ours(schedule: Schedule, steps: int | None = None) -> list[float]:
+    return [schedule.rate(step) for step in range(steps or schedule.steps)]
 
 
 class TestSchedule:
-    KINDS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup")
-    LENGTHS = ((1, 0), (7, 0), (7, 1), (7, 6), (100, 10), (100, 99), (333, 17))
+    @pytest.mark.parametrize(("kind", "settings"), CASES)
+    @hypothesis_settings(max_examples=30)
+    @given(
+        steps=st.integers(1, 300), share=st.floats(0, 0.99), decay=st.floats(0, 1), peak=st.floats(2e-5, 1.0)
+    )
+    def test_the_rates_are_those_of_transformers(
+        self, kind: str, settings: dict[str, Any], steps: int, share: float, decay: float, peak: float
+    ) -> None:
+        warmup = int(share * steps)
+        if "num_decay_steps" in settings:
+            settings = settings | {"num_decay_steps": max(1, round(decay * (steps - warmup)))}
+        expected = theirs(kind, settings, peak=peak, steps=steps, warmup=warmup)
+        found = ours(Schedule(kind, peak, steps, warmup, settings=settings))
+        assert found == pytest.approx(expected, rel=0, abs=1e-12)
 
-    @pytest.mark.parametrize(("steps", "warmup"), LENGTHS)
-    @pytest.mark.parametrize("kind", KINDS)
-    @pytest.mark.parametrize("peak", [1.0, 3e-4])
-    def test_the_rates_are_those_of_transformers(self, kind: str, peak: float, steps: int, warmup: int) -> None:
-        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=peak)
-        scheduler = get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
-        theirs = []
-        for _ in range(steps):
-            theirs.append(scheduler.get_last_lr()[0])
+    def test_every_kind_is_compared(self) -> None:
+        configured = get_args(TrainConfig.model_fields["lr_scheduler_type"].annotation)
+        assert {kind for kind, _ in CASES} == set(KINDS) >= set(configured)
+
+    @pytest.mark.parametrize("factor", [0.1, 1 / 3, 1.0])
+    def test_the_start_factor_is_that_of_linear_lr(self, factor: float) -> None:
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-5)
+        scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=factor, total_iters=100)
+        expected = []
+        for _ in range(150):
+            expected.append(scheduler.get_last_lr()[0])
             optimizer.step()
             scheduler.step()
-        ours = [learning_rate(t, kind=kind, peak=peak, steps=steps, warmup=warmup) for t in range(steps)]
-        assert ours == pytest.approx(theirs, rel=0, abs=1e-12)
+        schedule = Schedule("constant_with_warmup", 1e-5, 150, 100, start_factor=factor)
+        assert ours(schedule) == pytest.approx(expected, rel=0, abs=1e-12)
+        assert schedule.rate(0) == factor * 1e-5
 
-    def test_every_kind_of_the_configuration_is_compared(self) -> None:
-        from typing import get_args
+    @pytest.mark.parametrize(("kind", "settings"), CASES)
+    def test_the_start_factor_changes_the_warm_up_alone(self, kind: str, settings: dict[str, Any]) -> None:
+        plain, lifted = (Schedule(kind, 1e-3, STEPS, WARMUP, f, settings) for f in (0.0, 0.1))
+        assert ours(plain)[WARMUP:] == ours(lifted)[WARMUP:]
+        if kind != "constant":
+            assert ours(lifted)[:WARMUP] == pytest.approx(
+                [1e-3 * (0.1 + 0.9 * t / WARMUP) for t in range(WARMUP)]
+            )
 
-        from lorakit.config.schema import TrainConfig
-
-        assert set(self.KINDS) == set(get_args(TrainConfig.model_fields["lr_scheduler_type"].annotation))
+    @pytest.mark.parametrize(("kind", "settings"), CASES)
+    def test_a_run_that_goes_on_longer_keeps_the_last_rate(self, kind: str, settings: dict[str, Any]) -> None:
+        rates = ours(Schedule(kind, 1e-3, STEPS, WARMUP, settings=settings), 3 * STEPS)
+        if kind != "inverse_sqrt":  # it has no end
+            assert set(rates[STEPS:]) == {rates[STEPS]}
+        assert all(0 <= rate <= 1e-3 for rate in rates)
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_a_warm_up_as_long_as_the_run_only_rises(self, kind: str) -> None:
-        rates = [learning_rate(t, kind=kind, peak=1.0, steps=4, warmup=4) for t in range(4)]
+        if kind == "warmup_stable_decay":
+            return  # it needs a decay
+        settings = {"min_lr_rate": 0.5} if kind == "cosine_with_min_lr" else {}
+        rates = ours(Schedule(kind, 1.0, 4, 4, settings=settings))
         assert rates == ([1.0] * 4 if kind == "constant" else [0, 0.25, 0.5, 0.75])
+
+    @pytest.mark.parametrize(
+        ("kind", "settings", "message"),
+        [
+            ("cosin", {}, "lr_scheduler_type: there is no cosin"),
+            ("linear", {"num_cycles": 1}, "linear has no setting num_cycles"),
+            ("cosine", {"cycles": 1}, "cosine has no setting cycles\nit has num_cycles"),
+            ("cosine", {"num_cycles": 0}, "num_cycles must be a number above 0, not 0"),
+            ("cosine", {"num_cycles": float("nan")}, "must be a number above 0, not nan"),
+            ("cosine", {"num_cycles": "2"}, "not '2'"),
+            ("cosine_with_restarts", {"num_cycles": 1.5}, "must be a whole number from 1, not 1.5"),
+            ("cosine_with_restarts", {"num_cycles": True}, "not True"),
+            ("cosine_with_min_lr", {}, "needs one of min_lr and min_lr_rate"),
+            ("cosine_with_min_lr", {"min_lr": 0.0, "min_lr_rate": 0.0}, "needs one of"),
+            ("cosine_with_min_lr", {"min_lr": 1e-2}, "min_lr 0.01 is above learning_rate 0.001"),
+            ("polynomial", {"lr_end": 1}, "lr_end 1 is above learning_rate 0.001"),
+            ("inverse_sqrt", {"timescale": 0}, "timescale must be a whole number from 1, not 0"),
+            ("warmup_stable_decay", {}, "needs num_decay_steps"),
+            ("warmup_stable_decay", {"num_decay_steps": 31}, "after the warm-up there are 30 updates"),
+            ("warmup_stable_decay", {"num_decay_steps": 1, "decay_type": "step"}, "linear or cosine or 1-sqrt"),
+        ],
+    )
+    def test_what_cannot_be_used_is_refused(self, kind: str, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(UsageError, match=re.escape(message)):
+            Schedule(kind, 1e-3, STEPS, WARMUP, settings=settings)
 
     @pytest.mark.parametrize(
         ("steps", "ratio", "count", "expected"),
@@ -51,43 +142,7 @@ class TestSchedule:
     def test_warmup_steps(self, steps: int, ratio: float, count: int | None, expected: int) -> None:
         assert warmup_steps(steps, ratio=ratio, count=count) == expected
 
-
-class TestOrder:
-    @pytest.mark.parametrize("rows", [1, 2, 7, 64])
-    def test_every_epoch_is_another_permutation(self, rows: int) -> None:
-        orders = [epoch_order(rows, seed=3, epoch=epoch) for epoch in range(5)]
-        assert all(sorted(order) == list(range(rows)) for order in orders)
-        assert len(set(orders)) == (5 if rows > 5 else len(set(orders)))
-        assert orders == [epoch_order(rows, seed=3, epoch=epoch) for epoch in range(5)]
-
-    def test_other_seeds_give_other_orders(self) -> None:
-        assert len({epoch_order(64, seed, 0) for seed in range(20)}) == 20
-
-    def test_neither_reads_nor_touches_the_global_generator(self) -> None:
-        before = torch.random.get_rng_state()
-        first = epoch_order(64, 1, 0)
-        assert torch.equal(torch.random.get_rng_state(), before)
-        torch.rand(1)
-        assert epoch_order(64, 1, 0) == first
-
-    def test_the_last_update_of_an_epoch_is_what_is_left(self) -> None:
-        got = list(updates([5] * 10, Grouping(size=2, accumulation=2), steps=6, seed=0))
-        assert [[len(batch) for batch in update] for update in got] == [[2, 2], [2, 2], [2]] * 2
-        for epoch in (0, 1):
-            batches = itertools.chain(*got[3 * epoch : 3 * epoch + 3])
-            assert tuple(itertools.chain(*batches)) == epoch_order(10, 0, epoch)
-
-    def test_fewer_rows_than_an_update_takes(self) -> None:
-        got = updates([5, 5], Grouping(size=4, accumulation=2), steps=3, seed=0)
-        assert [[sorted(batch) for batch in update] for update in got] == [[[0, 1]]] * 3
-
-    @pytest.mark.parametrize("steps", [1, 2, 3, 4, 20])
-    def test_as_many_updates_as_asked_for(self, steps: int) -> None:
-        assert len(list(updates([7] * 5, Grouping(size=1, accumulation=2), steps=steps, seed=0))) == steps
-
-    @pytest.mark.parametrize(
-        ("epochs", "max_steps", "expected"),
-        [(1, None, 3), (3, None, 9), (0.5, None, 2), (0.01, None, 1), (1.5, None, 5), (3, 2, 2), (1, 100, 100)],
-    )
-    def test_total_steps(self, epochs: float, max_steps: int | None, expected: int) -> None:
-        assert total_steps(3, epochs=epochs, max_steps=max_steps) == expected
+    def test_nothing_here_imports_torch(self) -> None:
+        program = "import sys, lorakit.optim.schedule, lorakit.optim.spec; print('torch' in sys.modules)"
+        found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert found.stdout == "False\n"

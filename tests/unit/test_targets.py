@@ -294,7 +294,7 @@ def test_two_adapters_with_whole_copies_of_one_module() -> None:
     with pytest.raises(ConflictError, match="law, med each bring a whole copy of one module"):
         model(IDS)
     activate(model, "law")
-    with pytest.raises(ConflictError, match="another adapter trains this module whole"):
+    with pytest.raises(ConflictError, match="another adapter trains it whole"):
         attach(model, LoRAConfig(target_modules="lm_head"), "head")
     with pytest.raises(ConflictError, match="another adapter sits on this module"):
         attach(model, LoRAConfig(target_modules="v_proj", modules_to_save="0.q_proj"), "whole")

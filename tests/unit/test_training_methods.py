@@ -12,9 +12,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lorakit import add_lora_to_model, train
-from lorakit.adapters.attach import adapter_layers, rank_allocator
+from lorakit.adapters.attach import rank_allocator
 from lorakit.errors import ConfigError, TargetError, UsageError
-from lorakit.training.optim import adamw, groups
 
 
 def _paths(block: str, *names: str) -> list[str]:
@@ -117,18 +116,6 @@ def test_settings_that_do_not_fit_the_model(
     with pytest.raises(kind, match=message):
         train(settings | keys)
     assert not any(Path(settings["output_dir"]).glob("*"))
-
-
-def test_loraplus_groups() -> None:
-    model = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
-    add_lora_to_model(model, r=2, modules_to_save="1", target_modules="0")
-    slow, fast = groups(model, 16.0)
-    layer = adapter_layers(model)["0"].adapter("default")
-    assert [id(p) for p in fast["params"]] == [id(layer.lora_B)]
-    assert {id(p) for p in slow["params"]} >= {id(layer.lora_A)} and len(slow["params"]) == 3
-    assert (slow["factor"], fast["factor"]) == (1.0, 16.0)
-    optimizer = adamw(model, rate=0.1, betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0, ratio=16.0)
-    assert [group["factor"] for group in optimizer.param_groups] == [1.0, 16.0]
 
 
 def test_an_adapter_without_a_schedule_has_no_allocator() -> None:

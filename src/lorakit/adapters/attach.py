@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorakit.adapters.carrier import Carrier
 from lorakit.adapters.copies import ModuleCopies
@@ -16,6 +17,8 @@ from lorakit.adapters.spec import LoRAConfig, MethodName, check_adapter_name
 from lorakit.adapters.targets import select
 from lorakit.errors import ConflictError, UsageError
 from lorakit.lowrank.budget import RankAllocator, Triplet
+from lorakit.lowrank.inits import Origin
+from lorakit.quant.store import quantized_weights, refuse_lossy
 
 
 def add_lora_to_model(  # noqa: PLR0913 - the public signature of the library, all keywords
@@ -37,11 +40,13 @@ def add_lora_to_model(  # noqa: PLR0913 - the public signature of the library, a
     layers_to_transform: str | int | Iterable[int] | None = None,
     adapter_name: str = "default",
     seed: int | None = None,
+    dense_weight: Callable[[str], Tensor] | None = None,
 ) -> nn.Module:
     """Freeze ``model`` and put an adapter on its target layers, in place; returns the model.
 
-    The output does not change until the first training step. With ``seed`` the adapter's start does not depend
-    on, or touch, torch's global random state. `LoRAConfig` says what each setting means.
+    The output does not change until the first training step, unless the start is ``loftq``. With ``seed`` the
+    adapter's start does not depend on, or touch, torch's global random state. `LoRAConfig` says what each
+    setting means. ``loftq`` needs ``dense_weight``: from a module's path its weight before quantisation.
 
     Raises:
         TargetError: targets that match nothing or cannot carry an adapter; the model is untouched.
@@ -52,16 +57,23 @@ def add_lora_to_model(  # noqa: PLR0913 - the public signature of the library, a
         modules_to_save=modules_to_save, exclude_modules=exclude_modules,
         layers_to_transform=layers_to_transform,
     )  # fmt: skip
-    attach(model, config, adapter_name, seed=seed)
+    attach(model, config, adapter_name, seed=seed, dense_weight=dense_weight)
     return model
 
 
-def attach(model: nn.Module, config: LoRAConfig, name: str = "default", *, seed: int | None = None) -> None:
+def attach(
+    model: nn.Module,
+    config: LoRAConfig,
+    name: str = "default",
+    *,
+    seed: int | None = None,
+    dense_weight: Callable[[str], Tensor] | None = None,
+) -> None:
     """Add the adapter ``name`` described by ``config`` and make it the active one.
 
     Raises:
-        TargetError, ConflictError: it cannot be added (the second: the name is taken, or the adapters are
-            merged); the model is untouched.
+        TargetError, ConflictError, UsageError: it cannot be added (the second: the name is taken, or the
+            adapters are merged; the third: loftq lacks ``dense_weight``); the model is untouched.
     """
     check_adapter_name(name)
     selection = select(model, config)
@@ -74,10 +86,9 @@ def attach(model: nn.Module, config: LoRAConfig, name: str = "default", *, seed:
     for path, (module, host) in selection.adapted.items():
         layer = present.get(path) or AdapterLayer(module, host).train(module.training)
         if not isinstance(layer, AdapterLayer):
-            raise ConflictError(
-                "another adapter trains this module whole", remedy="detach it first", place=path
-            )
-        made.append((module, layer, layer.make_adapter(path, config, generator)))
+            raise ConflictError("another adapter trains it whole", remedy="detach it first", place=path)
+        dense = dense_weight and functools.partial(dense_weight, path)
+        made.append((module, layer, layer.make_adapter(path, config, Origin(generator, dense))))
     for path, module in selection.whole.items():
         copies = present.get(path) or ModuleCopies(module).train(module.training)
         if not isinstance(copies, ModuleCopies):
@@ -102,6 +113,9 @@ def merge(model: nn.Module, names: Iterable[str] | None = None) -> None:
     if chosen is not None and len(chosen) > 1:
         _refuse_sum(model, chosen)
     refuse_merged(found)
+    for path, layer in adapter_layers(model).items():
+        if layer.present(layer.route.names if chosen is None else chosen):
+            refuse_lossy(layer.store, f"module {path}")
     for carrier in found.values():
         carrier.merge(None if chosen is None else carrier.present(chosen))
 
@@ -193,11 +207,12 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
     numbers that have no gradient (quantised weights), stay frozen.
     """
     found = carriers(model).values()
+    packed = quantized_weights(model)
     ours = {id(p) for carrier in found for p in carrier.adapters.parameters()}
     idle = {id(p) for carrier in found if isinstance(carrier, ModuleCopies) for p in carrier.base.parameters()}
     for parameter in model.parameters():
         if id(parameter) not in ours:
-            usable = parameter.is_floating_point() and id(parameter) not in idle
+            usable = parameter.is_floating_point() and id(parameter) not in idle and id(parameter) not in packed
             parameter.requires_grad_(not freeze and usable)
     for carrier in found:
         for parameter in carrier.trainable():
@@ -205,9 +220,10 @@ def freeze_backbone_params(model: nn.Module, freeze: bool = True) -> None:
 
 
 def count_parameters(model: nn.Module) -> dict[str, int | float]:
-    """``{"trainable": …, "total": …, "percent": …}``; shared parameters count once."""
+    """``{"trainable": …, "total": …, "percent": …}``; shared parameters count once, quantised ones as dense."""
     parameters = [p for name, p in model.named_parameters() if "._unmerged" not in name]
-    total = sum(p.numel() for p in parameters)
+    packed = quantized_weights(model)
+    total = sum(packed.get(id(p), p.numel()) for p in parameters)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     return {"trainable": trainable, "total": total, "percent": 100 * trainable / max(total, 1)}
 

@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorakit.errors import TargetError
+from lorakit.quant.store import QUANTIZED, store_of
 
 
 class Host:
-    """One kind of base module; this class itself is ``nn.Linear``: weight [out, in], input [..., in].
+    """One kind of base module; this class itself is a linear layer: weight [out, in], input [..., in].
 
     Attributes:
         linear: input and output are [..., features], so that base and update may be one fused product.
@@ -38,7 +39,7 @@ class Host:
 
     def shapes(self, module: nn.Module, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes of A and B at rank r."""
-        out, features = self.matrix(module.weight).shape  # type: ignore[arg-type]
+        out, features = self.matrix(torch.empty(store_of(module).shape, device="meta")).shape
         return (r, features), (out, r)
 
     def fan_in(self, A: Tensor) -> int:
@@ -159,6 +160,7 @@ HOSTS: dict[str, Host] = {
     "torch.nn.modules.conv.Conv1d": ConvHost(1),
     "torch.nn.modules.conv.Conv2d": ConvHost(2),
     "torch.nn.modules.conv.Conv3d": ConvHost(3),
+    **dict.fromkeys(QUANTIZED, Host()),
 }
 
 _ATTENTION = "it reads its projections' weights without calling them, so an adapter would do nothing"

@@ -16,12 +16,10 @@ from lorakit.adapters.hosts import Host
 from lorakit.adapters.methods import METHODS, Adapter
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.errors import UsageError
+from lorakit.lowrank.inits import Origin
 from lorakit.ops.linear import lora_linear
-from lorakit.quant.store import DenseStore, Store
-
-
-def _keep(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """A hook that changes nothing."""
+from lorakit.quant.modules import keep
+from lorakit.quant.store import DenseStore, Store, refuse_lossy, store_of
 
 
 class AdapterLayer(Carrier):
@@ -30,17 +28,20 @@ class AdapterLayer(Carrier):
     def __init__(self, base: nn.Module, host: Host) -> None:
         super().__init__(base)
         self.host = host
-        self.store: Store = DenseStore(base)
-        # nn.TransformerEncoderLayer reads `weight` past forward in evaluation, unless its layers have hooks.
-        self.register_forward_pre_hook(_keep)
+        self.register_forward_pre_hook(keep)
+
+    @property
+    def store(self) -> Store:
+        """How the base's weight lives: dense or quantised."""
+        return store_of(self.base)
 
     @torch.no_grad()
-    def make_adapter(self, path: str, config: LoRAConfig, generator: torch.Generator | None) -> Adapter:
+    def make_adapter(self, path: str, config: LoRAConfig, origin: Origin) -> Adapter:
         """The tensors of one more adapter, started; not yet part of the layer."""
-        device = self.store.read().device
+        device = self.base.get_parameter("weight").device
         shapes = self.host.shapes(self.base, config.rank_at(path))
         adapter = Adapter(METHODS[config.method], config, config.scaling_at(path), shapes, device)
-        adapter.method.start(self, adapter, generator)
+        adapter.method.start(self, adapter, origin)
         for A in (adapter.lora_A, adapter.anchor_A):
             if A is not None:
                 self.host.silence(self.base, A)
@@ -61,10 +62,11 @@ class AdapterLayer(Carrier):
 
     def run_all(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base and update in one `lora_linear` where that is all there is to do."""
-        only = self.adapter(names[0])
-        if len(names) == 1 and self._fused(only):
+        only, store = self.adapter(names[0]), self.store
+        if len(names) == 1 and self._fused(only, store):
             A, B = only.method.factors(only)
-            return lora_linear(x, self.host.matrix(self.store.read()), self.base.bias, A, B, only.scaling)  # type: ignore[arg-type]
+            W = self.host.matrix(store.read()) if isinstance(store, DenseStore) else store
+            return lora_linear(x, W, self.base.bias, A, B, only.scaling)  # type: ignore[arg-type]
         return super().run_all(names, x, *args, **kwargs)
 
     def run(self, names: tuple[str, ...], x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -74,14 +76,15 @@ class AdapterLayer(Carrier):
             y = adapter.method.add(self, adapter, x, y)
         return y
 
-    def _fused(self, adapter: Adapter) -> bool:
+    def _fused(self, adapter: Adapter, store: Store) -> bool:
         """A plain update on a linear layer, without dropout or hooks on the base."""
         return (
             self.host.linear
+            and store.fusable
             and adapter.method.additive
             and not (adapter.dropout and self.training)
             and not self.base._forward_hooks
-            and not self.base._forward_pre_hooks
+            and all(hook is keep for hook in self.base._forward_pre_hooks.values())
         )
 
     def dense_weight(self) -> Tensor:
@@ -100,8 +103,11 @@ class AdapterLayer(Carrier):
     @torch.no_grad()
     def _put_merged(self, names: tuple[str, ...]) -> nn.Parameter:
         """The merged weight, rounded to the base's dtype."""
-        weight = self.merged_weight(names).to(self.store.read().dtype)
-        return self.store.swap(nn.Parameter(weight.contiguous(), requires_grad=False))
+        original = self.base.get_parameter("weight")
+        if names:
+            refuse_lossy(self.store)
+            self.store.write(self.merged_weight(names))
+        return original
 
     def _put_back(self, original: nn.Parameter) -> None:
-        self.store.swap(original)
+        self.base.weight = original

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from lorakit.adapters.carrier import Carrier
@@ -16,6 +17,8 @@ from lorakit.errors import TargetError
 from lorakit.log import logger
 from lorakit.lowrank.inits import find_initialiser
 from lorakit.patterns import is_expression, matching
+from lorakit.quant.interop import view_of
+from lorakit.quant.store import quantized_weights, store_of
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,10 @@ def _named(model: nn.Module, modules: dict[str, nn.Module], config: LoRAConfig) 
 
 def _host(module: nn.Module, path: str, config: LoRAConfig) -> Host:
     host = host_of(module, path, config.rank_at(path))
-    whole = find_initialiser(config.init_lora_weights).whole or config.method == "adalora"
+    start = find_initialiser(config.init_lora_weights)
+    if view := view_of(module):
+        view.parts()  # refuses what cannot be read
+    whole = start.whole or config.method == "adalora"
     if whole and getattr(module, "groups", 1) > 1:
         what = "AdaLoRA" if config.method == "adalora" else f"the start {config.init_lora_weights}"
         raise TargetError(
@@ -108,10 +114,10 @@ def _host(module: nn.Module, path: str, config: LoRAConfig) -> Host:
             place=f"module {path}",
             remedy="use plain LoRA with init_lora_weights kaiming, or leave it out of the targets",
         )
-    W_shape = host.matrix(module.weight).shape  # type: ignore[arg-type]
-    if find_initialiser(config.init_lora_weights).anchored and config.rank_at(path) > min(W_shape):
+    shape = tuple(host.matrix(torch.empty(store_of(module).shape, device="meta")).shape)
+    if start.leading and config.rank_at(path) > min(shape):
         raise TargetError(
-            f"rank {config.rank_at(path)} is more than a matrix of {tuple(W_shape)} has",
+            f"rank {config.rank_at(path)} is more than a matrix of {shape} has",
             place=f"module {path}",
             remedy="lower r (rank_pattern does for one module)",
         )
@@ -125,6 +131,12 @@ def _whole(modules: dict[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Mo
     for path in wanted:
         if not any(True for _ in modules[path].parameters()):
             raise TargetError("a module without parameters cannot be trained whole", place=f"module {path}")
+        if quantized_weights(modules[path]):
+            raise TargetError(
+                "a quantised module cannot be trained whole: its numbers have no gradient",
+                place=f"module {path}",
+                remedy="keep it dense (llm_int8_skip_modules), or put an adapter on it",
+            )
         if any(path.startswith(f"{other}.") for other in wanted):
             raise TargetError("it lies inside another of modules_to_save", place=f"module {path}")
     return {path: module for path, module in modules.items() if path in wanted}

@@ -25,7 +25,7 @@ from lorakit.checkpoint.peft_config import CONFIG_FILE, from_peft, to_peft
 from lorakit.checkpoint.strict_json import read_object
 from lorakit.checkpoint.tensor_files import PLAIN, read_plain, read_tensors
 from lorakit.errors import AdapterMismatchError, UsageError
-from lorakit.files import staged_folder, write_json, write_with
+from lorakit.files import json_text, staged_folder, write_with
 from lorakit.lowrank.inits import find_initialiser
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -72,18 +72,31 @@ def save_adapter(
 ) -> Path:
     """Write the adapter ``name`` as a PEFT folder, or one file if ``path`` ends in .pth; all of it or nothing.
 
-    ``notes`` go into ``lorakit.json`` beside it, for what PEFT's description has no key for; ``texts`` are
+    ``notes`` go into ``lorakit.json`` beside it, for what PEFT's description has no key for (``base``, a
+    `binding.fingerprint`, is taken of the model if it is not among them); ``texts`` are
     further files of the folder by their names.
 
     Raises:
         AdapterMismatchError: a tensor is not finite; such an adapter is never written.
     """
-    tensors = layout.collect(model, name)
-    _check_finite(tensors, "the model")
-    description = to_peft(model, name, base_model=base_model, revision=revision)
-    stored = StoredAdapter(description, tensors, _notes(model, name) | dict(notes or {}), path, path)
+    stored = _stored(model, path, name, base_model=base_model, revision=revision, notes=notes)
     write_stored(stored, path, texts or {})
     return path
+
+
+def fill_adapter(
+    model: nn.Module,
+    folder: Path,
+    name: str = "default",
+    *,
+    base_model: str = "",
+    revision: str | None = None,
+    notes: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
+) -> None:
+    """Write what `save_adapter` writes into a folder that is there, and that somebody else makes whole."""
+    stored = _stored(model, folder, name, base_model=base_model, revision=revision, notes=notes)
+    _fill(stored, folder, texts or {})
 
 
 def write_stored(stored: StoredAdapter, path: Path, texts: Mapping[str, str]) -> None:
@@ -94,11 +107,7 @@ def write_stored(stored: StoredAdapter, path: Path, texts: Mapping[str, str]) ->
             write_with(path, lambda aside: torch.save({**stored.tensors, "lorakit": about}, aside))
         return
     with staged_folder(path) as stage, storage_errors():
-        save_file(stored.tensors, stage / WEIGHTS_FILE, metadata={"format": "pt"})
-        write_json(stage / CONFIG_FILE, stored.description)
-        write_json(stage / NOTES_FILE, stored.notes)
-        for file, text in texts.items():
-            (stage / file).write_text(text, encoding="utf-8")
+        _fill(stored, stage, texts)
 
 
 def read_stored(path: Path) -> StoredAdapter:
@@ -179,10 +188,34 @@ def storage_errors() -> Iterator[None]:
         raise OSError(str(error)) from error
 
 
-def _notes(model: nn.Module, name: str) -> dict[str, Any]:
+def _stored(
+    model: nn.Module,
+    path: Path,
+    name: str,
+    *,
+    base_model: str,
+    revision: str | None,
+    notes: Mapping[str, Any] | None,
+) -> StoredAdapter:
+    """The adapter ``name`` of ``model`` as it will lie at ``path``."""
+    tensors = layout.collect(model, name)
+    _check_finite(tensors, "the model")
+    description = to_peft(model, name, base_model=base_model, revision=revision)
+    return StoredAdapter(description, tensors, _notes(model, name, notes or {}), path, path)
+
+
+def _fill(stored: StoredAdapter, folder: Path, texts: Mapping[str, str]) -> None:
+    save_file(stored.tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    described = {CONFIG_FILE: json_text(stored.description), NOTES_FILE: json_text(stored.notes)}
+    for file, text in (described | dict(texts)).items():
+        (folder / file).write_text(text, encoding="utf-8")
+
+
+def _notes(model: nn.Module, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     config = next(iter(adapter_layers(model, name).values())).adapter(name).config
     start = config.init_lora_weights
-    return {"base": binding.fingerprint(model)} | ({"start": start} if find_initialiser(start).anchored else {})
+    base = given["base"] if "base" in given else binding.fingerprint(model)
+    return dict(given) | {"base": base} | ({"start": start} if find_initialiser(start).anchored else {})
 
 
 def _check_match(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], place: str) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from lorakit.cli.options import base_options, check_adapter, open_adapter
 from lorakit.cli.show import emit
 from lorakit.errors import ConflictError
+
+if TYPE_CHECKING:
+    from lorakit.evals.session import Kept
 
 
 @click.command()
@@ -17,7 +21,15 @@ from lorakit.errors import ConflictError
 @click.option("--rank", type=click.IntRange(min=1), help="Rank of the result; it keeps everything if left out.")
 @base_options
 @click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
-def convert(adapter: str, out: str, rank: int | None, base: str | None, any_base: bool, as_json: bool) -> None:
+def convert(
+    adapter: str,
+    out: str,
+    rank: int | None,
+    base: str | None,
+    any_base: bool,
+    quantization_bit: Kept,
+    as_json: bool,
+) -> None:
     r"""Write ADAPTER (a run directory or an adapter folder) as plain LoRA on its base to the folder OUT.
 
     PiSSA, OLoRA and AdaLoRA become LoRA without loss; with --rank the update is cut to its leading singular
@@ -32,7 +44,7 @@ def convert(adapter: str, out: str, rank: int | None, base: str | None, any_base
     check_adapter(adapter)
     if Path(out).exists():
         raise ConflictError(f"{out} is there already", remedy="name a new folder")
-    session = open_adapter(adapter, base, any_base)
+    session = open_adapter(adapter, base, any_base, quantization_bit)
     error = combine(session.model, ["default"], [1.0], "converted", "svd" if rank else "cat", r=rank)
     save_adapter(
         session.model,

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from lorakit.cli.options import base_options
 from lorakit.cli.show import emit
+
+if TYPE_CHECKING:
+    from lorakit.evals.session import Kept
 
 
 @click.command()
@@ -23,6 +28,7 @@ def evaluate(
     data: tuple[str, ...],
     base: str | None,
     any_base: bool,
+    quantization_bit: Kept,
     max_samples: int | None,
     cutoff_len: int,
     batch_size: int,
@@ -44,7 +50,7 @@ def evaluate(
     from lorakit.log import logger
 
     samples = read_samples(data, max_samples=max_samples).samples
-    session = open_session(model, base=base, check_base=not any_base)
+    session = open_session(model, base=base, check_base=not any_base, quantization_bit=quantization_bit)
     held_out = hold_out(
         session.tokenizer,
         samples,

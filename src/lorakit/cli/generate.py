@@ -13,7 +13,7 @@ from lorakit.cli.show import emit
 from lorakit.errors import UsageError
 
 if TYPE_CHECKING:
-    from lorakit.evals.session import Session
+    from lorakit.evals.session import Kept, Session
 
 
 def _session_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,6 +36,7 @@ def generate(
     prompts: tuple[str, ...],
     base: str | None,
     any_base: bool,
+    quantization_bit: Kept,
     system: str | None,
     max_new_tokens: int,
     as_json: bool,
@@ -54,7 +55,7 @@ def generate(
         raise UsageError("there is no prompt", remedy="give it as an argument or on standard input")
     from lorakit.evals.session import open_session
 
-    session = open_session(model, base=base, check_base=not any_base)
+    session = open_session(model, base=base, check_base=not any_base, quantization_bit=quantization_bit)
     conversations = [session.conversation(question, system) for question in questions]
     answers = session.answer(conversations, max_new_tokens=max_new_tokens)
     if as_json:
@@ -66,11 +67,18 @@ def generate(
 @click.command()
 @click.argument("model")
 @_session_options
-def chat(model: str, base: str | None, any_base: bool, system: str | None, max_new_tokens: int) -> None:
+def chat(
+    model: str,
+    base: str | None,
+    any_base: bool,
+    quantization_bit: Kept,
+    system: str | None,
+    max_new_tokens: int,
+) -> None:
     """Talk with MODEL (a run directory, an adapter folder or a base model); an empty line ends it."""
     from lorakit.evals.session import open_session
 
-    session = open_session(model, base=base, check_base=not any_base)
+    session = open_session(model, base=base, check_base=not any_base, quantization_bit=quantization_bit)
     click.echo("An empty line ends the conversation; /new starts another one.", err=True)
     _converse(session, system, max_new_tokens)
 

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 
 import click
 
-from lorakit import __version__, log
+from lorakit import __version__, hardware, log
 from lorakit.errors import Interrupted, LorakitError, MemoryLimitError, UsageError
 
 # verb -> (module:function, what --help says)
@@ -142,7 +142,8 @@ def _as_known(error: Exception) -> LorakitError:
         return UsageError(error.format_message(), remedy=f"see `{command} --help`")
     if isinstance(error, click.ClickException):
         return UsageError(error.format_message())
-    if _is_out_of_memory(error):
+    # Without torch only Python itself can be out of memory.
+    if isinstance(error, MemoryError) or ("torch" in sys.modules and hardware.is_out_of_memory(error)):
         return MemoryLimitError(
             f"out of memory: {str(error).splitlines()[0] if str(error) else 'the system refused more'}",
             remedy="make per_device_train_batch_size or cutoff_len smaller, or turn gradient_checkpointing on",
@@ -150,13 +151,4 @@ def _as_known(error: Exception) -> LorakitError:
     return LorakitError(
         f"{type(error).__name__}: {error}",
         remedy="a bug in lorakit; run again with --debug for the traceback",
-    )
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # Torch's own type is known by its name (it may not be imported); its CPU allocator has no type at all.
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )

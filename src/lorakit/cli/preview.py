@@ -84,6 +84,7 @@ def preview(
 
 def _look(settings: Resolved, rows: str | None, draw: int | None) -> tuple[Survey, list[ShownRow]]:
     """The numbers of all rows, and the chosen rows in pieces."""
+    from lorakit.data.configured import policy_of, read_data, template_of
     from lorakit.data.encode import encode_batch
     from lorakit.data.pool import chunks
     from lorakit.data.preview import show
@@ -91,7 +92,6 @@ def _look(settings: Resolved, rows: str | None, draw: int | None) -> tuple[Surve
     from lorakit.data.survey import batches, survey
     from lorakit.models.load import load_tokenizer
     from lorakit.models.sources import locate
-    from lorakit.training.reading import policy_of, read_data, template_of
 
     data = read_data(settings)
     wanted = _wanted(rows, draw, len(data.samples), settings.seed)

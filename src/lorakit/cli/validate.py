@@ -26,8 +26,10 @@ def show(config: str, overrides: tuple[str, ...], as_json: bool) -> None:
     from lorakit.config.load import load
     from lorakit.config.resolve import resolve
     from lorakit.log import logger
+    from lorakit.optim.check import check_numbers
 
     settings = resolve(load(config, overrides))
+    check_numbers(settings)
     for warning in settings.warnings:
         logger.warning("warning: %s", warning)
     if as_json:

@@ -1,7 +1,7 @@
 """Keys that are known but not built yet, as data: a file that uses one is refused by name, never ignored.
 
 Each entry holds the values that ask for nothing (accepted in silence, as ``null`` always is) and what to do
-instead. ``OTHER_NAMES`` holds what people from other tools write.
+instead. ``ALIASES`` holds second spellings, ``OTHER_NAMES`` what people from other tools write.
 """
 
 from __future__ import annotations
@@ -23,13 +23,9 @@ class Unbuilt:
 
 
 _OFF = (False,)
-_QUANTISED = "the base is not quantised; remove the quantisation keys"
-_BITSANDBYTES = ("bnb", "bitsandbytes")
-_GPUS = "a run uses one process; remove the key"
+_GPUS = "the starter of the processes decides it (--nproc, torchrun, srun); remove the key"
 _LOADER = "encoded rows are mapped from disk, there are no loading workers; remove the key"
 _OTHER_STAGE = "it belongs to a stage other than sft; remove the key"
-_SAVING = "save_steps says when a checkpoint is written, and all of them are kept"
-_EVALUATION = "evaluation runs after training, and before it with eval_on_start"
 _MODEL_EDIT = "the model is used as its own configuration describes it"
 _FREEZE = "only adapters are trained"
 _FULL_PRECISION = "bf16, fp16 or neither chooses the precision"
@@ -56,7 +52,6 @@ UNBUILT: dict[str, Unbuilt] = {
     ),
     "pissa_convert": Unbuilt((False, True), "adapters are always written as plain LoRA on the original base"),
     "create_new_adapter": Unbuilt(_OFF, "every run starts a new adapter; remove the key"),
-    "adapter_name_or_path": Unbuilt((), "every run starts a new adapter"),
     "adapter_folder": Unbuilt((), "every run starts a new adapter"),
     "bias": Unbuilt(("none",), "biases stay frozen"),
     "task_type": Unbuilt(("CAUSAL_LM",), "only causal language models are trained"),
@@ -68,17 +63,10 @@ UNBUILT: dict[str, Unbuilt] = {
     "freeze_multi_modal_projector": Unbuilt((True,), "only text models are trained"),
     "train_mm_proj_only": Unbuilt(_OFF, "only text models are trained"),
     # Quantisation
-    "quantization_bit": Unbuilt((), _QUANTISED),
-    "quantization_method": Unbuilt(_BITSANDBYTES, _QUANTISED),
-    "quantization_type": Unbuilt(("nf4",), _QUANTISED),
-    "bnb_4bit_quant_type": Unbuilt(("nf4",), _QUANTISED),
-    "bnb_4bit_compute_dtype": Unbuilt((), _QUANTISED),
-    "double_quantization": Unbuilt((False, True), _QUANTISED),
-    "bnb_4bit_use_double_quant": Unbuilt((False, True), _QUANTISED),
-    "quantization_device_map": Unbuilt((), _QUANTISED),
-    "load_in_4bit": Unbuilt(_OFF, _QUANTISED),
-    "load_in_8bit": Unbuilt(_OFF, _QUANTISED),
-    "use_qlora": Unbuilt(_OFF, _QUANTISED),
+    "quantization_device_map": Unbuilt(("auto",), "the model sits on one device"),
+    "bnb_4bit_quant_storage": Unbuilt(("uint8",), "packed weights are bytes"),
+    "llm_int8_enable_fp32_cpu_offload": Unbuilt(_OFF, "the model sits on one device"),
+    "llm_int8_has_fp16_weight": Unbuilt(_OFF, "the base is frozen, one copy of it is enough"),
     # Model
     "flash_attn": Unbuilt(("auto", "sdpa"), "attention is exact and chosen for the device; remove the key"),
     "attn_implementation": Unbuilt(("sdpa",), "attention is exact and chosen for the device; remove the key"),
@@ -111,23 +99,16 @@ UNBUILT: dict[str, Unbuilt] = {
     "pure_bf16": Unbuilt(_OFF, "write bf16: true; adapters stay in fp32"),
     "tf32": Unbuilt(_OFF, _FULL_PRECISION),
     "half_precision_backend": Unbuilt(("auto",), _FULL_PRECISION),
-    "lr_scheduler_kwargs": Unbuilt(({},), "the schedules have no further settings"),
-    "optim_args": Unbuilt((), "adam_beta1, adam_beta2, adam_epsilon and weight_decay are the settings"),
     "neftune_noise_alpha": Unbuilt((0, 0.0), "no noise is added to embeddings"),
     "label_smoothing_factor": Unbuilt((0, 0.0), "the loss is plain cross-entropy"),
-    "use_galore": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_apollo": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_badam": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_adam_mini": Unbuilt(_OFF, "AdamW is the only optimizer"),
-    "use_muon": Unbuilt(_OFF, "AdamW is the only optimizer"),
+    "use_galore": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_apollo": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_badam": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_adam_mini": Unbuilt(_OFF, "it is not among the optimizers of optim"),
+    "use_muon": Unbuilt(_OFF, "it is not among the optimizers of optim"),
     "use_dft_loss": Unbuilt(_OFF, "the loss is plain cross-entropy"),
-    "auto_find_batch_size": Unbuilt(_OFF, "choose per_device_train_batch_size yourself"),
-    "torch_compile": Unbuilt(_OFF, "the model runs uncompiled"),
     "full_determinism": Unbuilt(_OFF, "seed fixes everything that is random"),
-    "deepspeed": Unbuilt((), _GPUS),
-    "fsdp": Unbuilt(("",), _GPUS),
-    "fsdp_config": Unbuilt((), _GPUS),
-    "ddp_timeout": Unbuilt((1800, 180000000), _GPUS),
+    "fsdp_config": Unbuilt(({},), "fsdp: true shares out whole transformer blocks; remove the key"),
     "ddp_backend": Unbuilt((), _GPUS),
     "ddp_find_unused_parameters": Unbuilt(_OFF, _GPUS),
     "local_rank": Unbuilt((-1, 0), _GPUS),
@@ -147,22 +128,11 @@ UNBUILT: dict[str, Unbuilt] = {
     "ranking": Unbuilt(_OFF, _OTHER_STAGE),
     "ppo_epochs": Unbuilt((4,), _OTHER_STAGE),
     # Checkpoints
-    "resume_from_checkpoint": Unbuilt(_OFF, "a run starts from the beginning"),
-    "save_strategy": Unbuilt(("steps",), _SAVING),
-    "save_total_limit": Unbuilt((), _SAVING),
-    "save_only_model": Unbuilt(_OFF, _SAVING),
+    "save_only_model": Unbuilt(_OFF, "a checkpoint always holds what a run needs to go on"),
     "save_safetensors": Unbuilt((True,), "weights are always saved as safetensors"),
-    "load_best_model_at_end": Unbuilt(_OFF, "the adapter of the last step is the result"),
     # Evaluation
     "do_predict": Unbuilt(_OFF, "give eval_dataset and predict_with_generate: true"),
-    "eval_strategy": Unbuilt(("no",), _EVALUATION),
-    "evaluation_strategy": Unbuilt(("no",), _EVALUATION),
-    "eval_steps": Unbuilt((), _EVALUATION),
-    "eval_delay": Unbuilt((0, 0.0), _EVALUATION),
-    "eval_accumulation_steps": Unbuilt((), _EVALUATION),
-    "early_stopping_steps": Unbuilt((), "choose num_train_epochs or max_steps"),
-    "metric_for_best_model": Unbuilt((), "the adapter of the last step is the result"),
-    "greater_is_better": Unbuilt((), "the adapter of the last step is the result"),
+    "eval_accumulation_steps": Unbuilt((), "an evaluation keeps no logits; remove the key"),
     "compute_accuracy": Unbuilt(_OFF, "predict_with_generate: true measures exact match"),
     "do_sample": Unbuilt(_OFF, "generation is greedy"),
     "temperature": Unbuilt((), "generation is greedy"),
@@ -172,11 +142,7 @@ UNBUILT: dict[str, Unbuilt] = {
     "max_length": Unbuilt((), "cutoff_len bounds a row, max_new_tokens an answer"),
     "repetition_penalty": Unbuilt((1, 1.0), "generation is greedy"),
     # Logging
-    "report_to": Unbuilt(("none", ["none"], []), "metrics.jsonl and report.html hold everything; write none"),
-    "run_name": Unbuilt((), "output_dir names the run"),
-    "logging_dir": Unbuilt((), "metrics.jsonl is written to output_dir"),
     "logging_strategy": Unbuilt(("steps",), "logging_steps says when a line is logged"),
-    "logging_first_step": Unbuilt(_OFF, "logging_steps says when a line is logged"),
     "log_level": Unbuilt(("passive",), "the log has one level"),
     "disable_tqdm": Unbuilt(_OFF, "plain lines appear by themselves when the output is not a terminal"),
     "use_swanlab": Unbuilt(_OFF, "metrics.jsonl and report.html hold everything"),
@@ -186,6 +152,13 @@ UNBUILT: dict[str, Unbuilt] = {
     "hub_model_id": Unbuilt((), _HUB),
     "export_dir": Unbuilt((), "`lorakit merge` writes a plain model folder"),
     "print_param_status": Unbuilt(_OFF, "the numbers of parameters are always logged; remove the key"),
+}
+
+# Other spellings of keys, taken as they are.
+ALIASES: dict[str, str] = {
+    "bnb_4bit_quant_type": "quantization_type",
+    "bnb_4bit_use_double_quant": "double_quantization",
+    "evaluation_strategy": "eval_strategy",
 }
 
 OTHER_NAMES: dict[str, str] = {
@@ -207,6 +180,10 @@ OTHER_NAMES: dict[str, str] = {
     "target_r": "adalora_target_r",
     "lora_plus_lr_ratio": "loraplus_lr_ratio",
     "lora_target_modules": "lora_target",
+    "qlora": "use_qlora",
+    "bits": "quantization_bit",
+    "quant_type": "quantization_type",
+    "double_quant": "double_quantization",
     "data": "dataset",
     "datasets": "dataset",
     "train_dataset": "dataset",

@@ -7,15 +7,16 @@ import functools
 import json
 import math
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
-from lorakit.config.keys import OTHER_NAMES, UNBUILT
+from lorakit.config.keys import ALIASES, OTHER_NAMES, UNBUILT
 from lorakit.config.problems import Place, Problem, config_error
+from lorakit.config.quantization_rules import QUANTIZATION_CONTRADICTIONS, QUANTIZATION_WARNINGS
 from lorakit.config.rules import CONTRADICTIONS, WARNINGS
 from lorakit.config.schema import TrainConfig
 from lorakit.config.source import (
@@ -28,7 +29,7 @@ from lorakit.config.source import (
 )
 
 _FIELDS = tuple(TrainConfig.model_fields)
-_ONE_CHOICE = ("stage", "finetuning_type", "optim")
+_ONE_CHOICE = ("stage", "finetuning_type")
 _SWITCHES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
 
@@ -82,22 +83,38 @@ def _check(written: Sequence[Setting], overrides: Sequence[str], file: Path | No
     given, doubled = merge(arguments)
     problems += doubled
     settings |= given
+    problems += _spell(settings)
     name = _name(file)
     known = {key: setting for key, setting in settings.items() if key in _FIELDS}
     problems += [problem for key, at in settings.items() if key not in _FIELDS for problem in _refuse(at)]
     config, invalid = _validate(known, name)
     problems += invalid
     unsure = {problem.key for problem in invalid}
-    for rule in CONTRADICTIONS:
+    for rule in (*CONTRADICTIONS, *QUANTIZATION_CONTRADICTIONS):
         if unsure.isdisjoint(rule.keys) and rule.broken(config):
             places = tuple(known[key].key_place for key in rule.keys if key in known)
             problems.append(Problem(rule.message, rule.keys[0], places, rule.hint))
     if problems:
         raise config_error(problems, name)
     warnings = tuple(
-        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}" for rule in WARNINGS if rule.broken(config)
+        f"{known[rule.keys[0]].origin}: {rule.message}: {rule.hint}"
+        for rule in (*WARNINGS, *QUANTIZATION_WARNINGS)
+        if rule.broken(config)
     )
     return Run(config, known, file, base_dir, warnings)
+
+
+def _spell(settings: dict[str, Setting]) -> list[Problem]:
+    """Write every alias as its key; a problem for each that stands beside it."""
+    problems = []
+    for alias in [key for key in settings if key in ALIASES]:
+        setting, key = settings.pop(alias), ALIASES[alias]
+        if key in settings:
+            places = (settings[key].key_place, setting.key_place)
+            problems.append(Problem(f"`{key}` and `{alias}` are the same key", key, places, "keep one of them"))
+        else:
+            settings[key] = replace(setting, key=key)
+    return problems
 
 
 def _name(file: Path | None) -> str:

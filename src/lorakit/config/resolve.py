@@ -6,18 +6,21 @@ The result, written as YAML, is an ordinary configuration that resolves to the s
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import ConfigDict
 
 from lorakit import hardware
 from lorakit.config.load import Run
 from lorakit.config.problems import Problem, config_error, printable
+from lorakit.config.quantization import Kind, Quantization
+from lorakit.config.quantization_rules import asked_bits
 from lorakit.config.schema import TrainConfig
 from lorakit.config.source import Setting, near_names
 
@@ -26,7 +29,15 @@ _YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # Y
 _COMMENT_COLUMN = 60
 _HUB_DATA = re.compile(r"\w[\w-]*/\w[\w-]*(\.\d[\w-]*)*", re.ASCII)  # owner/name, without a file's suffix
 _REGISTRY = "dataset_info.json"
-_OTHER_SPELLINGS = ("disable_gradient_checkpointing", "neat_packing")  # of values that stand elsewhere
+_OTHER_SPELLINGS = (  # of values that stand elsewhere
+    "disable_gradient_checkpointing",
+    "neat_packing",
+    "greater_is_better",
+    "load_in_4bit",
+    "load_in_8bit",
+    "use_qlora",
+)
+_PRECISIONS: dict[str, hardware.Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 class Resolved(TrainConfig):
@@ -40,11 +51,17 @@ class Resolved(TrainConfig):
     lora_alpha: float
     dataset_dir: str
     do_eval: bool
+    eval_strategy: Literal["no", "steps", "epoch"]
+    greater_is_better: None = None
     packing: bool
     neat_packing: None = None
     bf16: bool
     fp16: bool
     disable_gradient_checkpointing: None = None
+    load_in_4bit: None = None
+    load_in_8bit: None = None
+    use_qlora: None = None
+    quantization: Quantization | None  # of the base
     precision: hardware.Precision
     effective_batch: int  # sequences in one update
     origins: Mapping[str, str]
@@ -93,11 +110,21 @@ def resolve(run: Run) -> Resolved:
         origins["num_train_epochs"] += ", unused: max_steps wins"
     if config.warmup_ratio > 0 and config.warmup_steps == 0:
         values["warmup_steps"], origins["warmup_steps"] = None, "derived: warmup_ratio is given"
+    values["greater_is_better"] = None
+    if config.eval_strategy is None:
+        values["eval_strategy"] = "no" if config.eval_steps is None else "steps"
+        origins["eval_strategy"] = f"derived: eval_steps is {'not ' if config.eval_steps is None else ''}given"
+    if values["eval_strategy"] == "steps" and config.eval_steps is None:
+        values["eval_steps"], origins["eval_steps"] = config.logging_steps, "derived: logging_steps"
+    if config.unfreeze_after is not None and config.unfreeze_learning_rate is None:
+        values["unfreeze_learning_rate"] = config.learning_rate / 10
+        origins["unfreeze_learning_rate"] = "derived: learning_rate / 10"
     values["effective_batch"] = config.per_device_train_batch_size * config.gradient_accumulation_steps
     origins["effective_batch"] = "derived: per_device_train_batch_size × gradient_accumulation_steps"
 
     problems += _resolve_paths(run, values, origins)
     problems += _resolve_precision(run, values, origins, warnings)
+    problems += _resolve_quantization(run, values, origins, warnings)
     if problems:
         raise config_error(problems, run.name)
     return Resolved(**values, origins=origins, warnings=tuple(warnings))
@@ -113,8 +140,9 @@ def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) ->
     else:
         origins["dataset_dir"] = f"derived: folder of {run.file.name}" if run.file else "derived: base_dir"
     values["dataset_dir"] = str(data_folder)
-    if run.config.tokenized_path is not None:
-        values["tokenized_path"] = str(_absolute(run.config.tokenized_path, settings["tokenized_path"].base))
+    for key in ("tokenized_path", "adapter_name_or_path", "resume_from_checkpoint", "deepspeed", "logging_dir"):
+        if isinstance(values[key], str):
+            values[key] = str(_absolute(values[key], settings[key].base))
     for key in ("dataset", "eval_dataset"):
         if values[key] is not None:
             base = settings[key].base if run.config.dataset_dir is None else data_folder
@@ -158,19 +186,28 @@ def _resolve_precision(
     """Choose the number format from the keys and what the hardware can do."""
     config, best = run.config, _best_precision(run.config)
     precision, origin = best, f"derived: best on this {hardware.device()}"
+    if config.unfreeze_after is not None:
+        best, precision, origin = "fp32", "fp32", "derived: the base trains in the end (unfreeze_after)"
+    if config.unfreeze_after is not None and (config.bf16 or config.fp16):
+        key = "bf16" if config.bf16 else "fp16"
+        message = f"`{key}` is true, but with `unfreeze_after` the base trains, which needs fp32 weights"
+        return [Problem(message, key, (run.settings[key].value_place,), f"remove `{key}`")]
     if config.bf16 and not hardware.supports("bf16"):
         message = "`bf16` is true, but the hardware has no bf16 arithmetic"
         hint = f"remove the key to compute in {best}"
         return [Problem(message, "bf16", (run.settings["bf16"].value_place,), hint)]
     if config.bf16:
         precision, origin = "bf16", origins["bf16"]
+    elif config.fp16 and hardware.supports("fp16"):
+        precision, origin = "fp16", origins["fp16"]
     elif config.fp16:
-        why = "a CPU only emulates it" if hardware.device() == "cpu" else "loss scaling is not built yet"
-        origin = f"derived: not fp16, as {why} ({origins['fp16']})"
-        warnings.append(f"{origins['fp16']}: `fp16` is not used, as {why}: computing in {best}")
+        origin = f"derived: not fp16, as a CPU only emulates it ({origins['fp16']})"
+        warnings.append(
+            f"{origins['fp16']}: `fp16` is not used, as a CPU only emulates it: computing in {best}"
+        )
     elif best == "fp32" and config.bf16 is False:
         origin = origins["bf16"]
-    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": False}
+    values |= {"precision": precision, "bf16": precision == "bf16", "fp16": precision == "fp16"}
     origins |= dict.fromkeys(("precision", "bf16", "fp16"), origin)
     return []
 
@@ -179,6 +216,50 @@ def _best_precision(config: TrainConfig) -> hardware.Precision:
     """The hardware's best, unless its key says false."""
     best = hardware.best_precision()
     return "fp32" if best == "bf16" and config.bf16 is False else best
+
+
+def _resolve_quantization(
+    run: Run, values: dict[str, Any], origins: dict[str, str], warnings: list[str]
+) -> list[Problem]:
+    """Gather the keys about quantisation in one value, or none."""
+    config, bits = run.config, next(iter(asked_bits(run.config)), None)
+    spellings = ("use_qlora", "load_in_4bit", "load_in_8bit")
+    if bits is not None and config.quantization_bit is None:
+        origins["quantization_bit"] = next(origins[key] for key in spellings if values[key])
+    values |= {**dict.fromkeys(spellings), "quantization_bit": bits, "quantization": None}
+    origins["quantization"] = "derived: the keys about quantisation"
+    if bits is None:
+        return []
+    if config.quantization_method == "bitsandbytes" and importlib.util.find_spec("bitsandbytes") is None:
+        place = run.settings["quantization_method"].value_place
+        message = "`quantization_method: bitsandbytes` needs a package that is not installed"
+        hint = "`pip install bitsandbytes`, or remove the key: lorakit's own layers hold the same numbers"
+        return [Problem(message, "quantization_method", (place,), hint)]
+    kind: Kind = "int8"
+    if bits == 4:
+        kind = values["quantization_type"] = config.quantization_type or "nf4"
+        values["double_quantization"] = config.double_quantization is not False
+    compute: hardware.Precision = _PRECISIONS.get(config.bnb_4bit_compute_dtype or "", values["precision"])
+    if not hardware.supports(compute):
+        origin, wanted = origins["bnb_4bit_compute_dtype"], config.bnb_4bit_compute_dtype
+        warnings.append(
+            f"{origin}: `bnb_4bit_compute_dtype: {wanted}` is not used, as this {hardware.device()} has no "
+            f"such arithmetic: computing in {values['precision']}"
+        )
+        compute, origins["bnb_4bit_compute_dtype"] = values["precision"], f"derived: not {wanted} ({origin})"
+    elif config.bnb_4bit_compute_dtype is None:
+        origins["bnb_4bit_compute_dtype"] = "derived: the run's precision"
+    values["bnb_4bit_compute_dtype"] = {short: name for name, short in _PRECISIONS.items()}[compute]
+    values["quantization"] = Quantization(
+        kind=kind,
+        double=bits == 4 and values["double_quantization"],
+        compute=compute,
+        method=config.quantization_method,
+        threshold=config.llm_int8_threshold or 0.0,
+        integer=config.int8_compute is not False,
+        skip=config.llm_int8_skip_modules or (),
+    )
+    return []
 
 
 def _absolute(text: str, base: Path) -> Path:
@@ -207,7 +288,7 @@ def _scalar(value: Any) -> str:
         return _quoted(value)
     if isinstance(value, tuple):
         return f"[{', '.join(_scalar(item) for item in value)}]"
-    return repr(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _quoted(text: str) -> str:

@@ -18,8 +18,21 @@ class Rule:
     hint: str
 
 
+def _evaluates(run: TrainConfig) -> bool:
+    return run.eval_strategy in ("steps", "epoch") or (run.eval_strategy is None and run.eval_steps is not None)
+
+
+def _recomputes(run: TrainConfig) -> bool:
+    return run.gradient_checkpointing or run.disable_gradient_checkpointing is False
+
+
 def _holds_out(run: TrainConfig) -> bool:
     return run.eval_dataset is not None or run.val_size > 0
+
+
+_FUSED = ("adamw_torch", "adamw_torch_fused", "adamw_hf")
+_ADAM = (0.9, 0.999, 1e-8)  # the defaults
+HIGHER_IS_BETTER = ("exact_match", "field_f1")
 
 
 CONTRADICTIONS = (
@@ -166,6 +179,143 @@ CONTRADICTIONS = (
         lambda run: run.predict_with_generate and not _holds_out(run),
         "`predict_with_generate` is true but there is no `eval_dataset`",
         "add `eval_dataset: held-out.jsonl`",
+    ),
+    Rule(
+        ("eval_strategy", "eval_steps", "eval_dataset"),
+        lambda run: _evaluates(run) and not _holds_out(run),
+        "evaluations during training are asked for but nothing is held out",
+        "add `eval_dataset: held-out.jsonl`, or `val_size: 0.1`",
+    ),
+    Rule(
+        ("eval_strategy", "do_eval"),
+        lambda run: _evaluates(run) and run.do_eval is False,
+        "evaluations during training are asked for but `do_eval` is false",
+        "keep one of them",
+    ),
+    Rule(
+        ("eval_strategy", "eval_steps"),
+        lambda run: run.eval_strategy in ("no", "epoch") and run.eval_steps is not None,
+        "`eval_steps` has a meaning only with `eval_strategy: steps`",
+        "keep one of them",
+    ),
+    Rule(
+        ("load_best_model_at_end", "eval_strategy"),
+        lambda run: run.load_best_model_at_end and not _evaluates(run),
+        "`load_best_model_at_end` needs evaluations during training to choose from",
+        "add `eval_strategy: steps`",
+    ),
+    Rule(
+        ("early_stopping_steps", "eval_strategy"),
+        lambda run: run.early_stopping_steps is not None and not _evaluates(run),
+        "`early_stopping_steps` counts evaluations during training, and there are none",
+        "add `eval_strategy: steps`",
+    ),
+    Rule(
+        ("metric_for_best_model", "predict_with_generate"),
+        lambda run: run.metric_for_best_model in ("exact_match", "field_f1") and not run.predict_with_generate,
+        "this `metric_for_best_model` scores generated answers, and none are generated",
+        "add `predict_with_generate: true`",
+    ),
+    Rule(
+        ("greater_is_better", "metric_for_best_model"),
+        lambda run: (
+            run.greater_is_better is not None
+            and run.greater_is_better != (run.metric_for_best_model in HIGHER_IS_BETTER)
+        ),
+        "`greater_is_better` is the wrong way round for `metric_for_best_model`",
+        "remove it: the metric knows",
+    ),
+    Rule(
+        ("save_strategy", "on_nonfinite"),
+        lambda run: run.save_strategy == "no" and run.on_nonfinite == "rollback",
+        "`on_nonfinite: rollback` needs checkpoints to go back to",
+        "remove `save_strategy: no`",
+    ),
+    Rule(
+        ("on_nonfinite", "unfreeze_after"),
+        lambda run: run.on_nonfinite == "rollback" and run.unfreeze_after is not None,
+        "`on_nonfinite: rollback` cannot go back to before the base began to train",
+        "write `on_nonfinite: skip` or `stop`",
+    ),
+    Rule(
+        ("load_best_model_at_end", "unfreeze_after"),
+        lambda run: run.load_best_model_at_end and run.unfreeze_after is not None,
+        "`load_best_model_at_end` cannot go back to before the base began to train",
+        "keep one of them",
+    ),
+    Rule(
+        ("optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+        lambda run: (
+            run.optim in ("sgd", "adafactor") and (run.adam_beta1, run.adam_beta2, run.adam_epsilon) != _ADAM
+        ),
+        "`adam_beta1`, `adam_beta2` and `adam_epsilon` belong to AdamW, not to this `optim`",
+        "remove them",
+    ),
+    Rule(
+        ("warmup_start_factor", "warmup_ratio", "warmup_steps"),
+        lambda run: run.warmup_start_factor > 0 and not (run.warmup_ratio or run.warmup_steps),
+        "`warmup_start_factor` is where a warm-up starts, and there is none",
+        "add `warmup_ratio: 0.1`",
+    ),
+    Rule(
+        ("gradient_checkpointing_every", "gradient_checkpointing"),
+        lambda run: run.gradient_checkpointing_every > 1 and not _recomputes(run),
+        "`gradient_checkpointing_every` has no effect without `gradient_checkpointing: true`",
+        "add it",
+    ),
+    Rule(
+        ("offload_activations", "gradient_checkpointing"),
+        lambda run: run.offload_activations and not _recomputes(run),
+        "`offload_activations` moves what recomputation starts from, and nothing is recomputed",
+        "add `gradient_checkpointing: true`",
+    ),
+    Rule(
+        ("max_memory_gb", "auto_find_batch_size"),
+        lambda run: run.max_memory_gb is not None and not run.auto_find_batch_size,
+        "`max_memory_gb` bounds a search that is not asked for",
+        "add `auto_find_batch_size: true`",
+    ),
+    Rule(
+        ("auto_find_batch_size", "max_tokens_per_batch"),
+        lambda run: run.auto_find_batch_size and run.max_tokens_per_batch is not None,
+        "`auto_find_batch_size` counts rows, `max_tokens_per_batch` tokens",
+        "keep one of them",
+    ),
+    Rule(
+        ("deepspeed", "fsdp"),
+        lambda run: run.deepspeed is not None and run.fsdp,
+        "`deepspeed` and `fsdp` both say how the processes share the work",
+        "keep one of them",
+    ),
+    Rule(
+        ("deepspeed", "optim"),
+        lambda run: run.deepspeed is not None and run.optim not in (*_FUSED, "sgd"),
+        "DeepSpeed cuts tensors in parts, and this `optim` needs them whole",
+        "write `optim: adamw_torch`",
+    ),
+    Rule(
+        ("fsdp", "unfreeze_after", "optim"),
+        lambda run: run.fsdp and run.unfreeze_after is not None and run.optim not in (*_FUSED, "sgd"),
+        "the base trains in parts under `fsdp`, and this `optim` needs tensors whole",
+        "write `optim: adamw_torch`",
+    ),
+    Rule(
+        ("deepspeed", "unfreeze_after"),
+        lambda run: run.deepspeed is not None and run.unfreeze_after is not None,
+        "a second stage cannot begin inside a run under DeepSpeed",
+        "use `fsdp: true`, or make the second stage a run of its own",
+    ),
+    Rule(
+        ("deepspeed", "use_adalora"),
+        lambda run: run.deepspeed is not None and run.use_adalora,
+        "AdaLoRA needs whole gradients, which DeepSpeed keeps in parts",
+        "use `fsdp: true`, or neither",
+    ),
+    Rule(
+        ("unfreeze_learning_rate", "unfreeze_after"),
+        lambda run: run.unfreeze_learning_rate is not None and run.unfreeze_after is None,
+        "`unfreeze_learning_rate` is about the second stage, and there is none",
+        "add `unfreeze_after: 0.5`, or remove the key",
     ),
     Rule(
         ("eval_on_start", "do_eval"),

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from lorakit.config.names import LongRows, TemplateName, ToolFormat
+from lorakit.config.names import LongRows, OptimizerName, ScheduleName, TemplateName, ToolFormat
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
@@ -44,6 +44,28 @@ def _split_numbers(value: Any) -> Any:
     return tuple(float(part) if isinstance(part, str) and _NUMBER.fullmatch(part) else part for part in parts)
 
 
+def _metric(value: Any) -> Any:
+    """The Hugging Face trainer writes ``eval_`` before the names of what it measures."""
+    return value.removeprefix("eval_") if isinstance(value, str) else value
+
+
+def _trackers(value: Any) -> Any:
+    """``none`` is an empty list; ``all`` names every one."""
+    names = _split(value)
+    return () if names in (("none",), ()) else TRACKERS if names == ("all",) else names
+
+
+def _fsdp(value: Any) -> Any:
+    """The Hugging Face trainer's words for the same: ``full_shard``, with or without ``auto_wrap``."""
+    words = set(value.split()) if isinstance(value, str) else {None}
+    return bool(words) if words <= {"full_shard", "auto_wrap"} else value
+
+
+def _method(value: Any) -> Any:
+    """``bnb`` is LLaMA-Factory's name of bitsandbytes."""
+    return "bitsandbytes" if value == "bnb" else value
+
+
 def _endless(value: Any) -> Any:
     """-1 is what the Hugging Face trainer writes for "as many steps as the epochs give"."""
     return None if type(value) is int and value == -1 else value
@@ -53,10 +75,11 @@ Text = Annotated[str, Field(min_length=1, pattern=r"^[^\x00]+$")]
 Names = Annotated[tuple[Text, ...], Field(min_length=1)]
 Paths = Annotated[Names, BeforeValidator(_split)]
 Count = Annotated[int, Field(ge=1)]
-STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora"
+STARTS = "kaiming|gaussian|normal|scaled_normal|orthogonal|pissa|olora|loftq"
 Start = Annotated[str, Field(pattern=rf"^({STARTS}|pissa_niter_[0-9]{{1,3}})$")]
 Shares = Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 class TrainConfig(BaseModel):
@@ -109,7 +132,7 @@ class TrainConfig(BaseModel):
     loraplus_lr_ratio: Annotated[float, Field(ge=1)] | None = None
     """Learning rate of B as a multiple of that of A (LoRA+); one rate if left out."""
     init_lora_weights: Start = "kaiming"
-    """Start: kaiming, gaussian, normal, scaled_normal, orthogonal, pissa, pissa_niter_N or olora."""
+    """Start: kaiming, gaussian, normal, scaled_normal, orthogonal, pissa, pissa_niter_N, olora or loftq."""
     pissa_init: bool = False
     """Start from the weight's leading singular vectors (PiSSA)."""
     pissa_iter: Annotated[int, Field(ge=-1, le=999)] = 16
@@ -124,6 +147,29 @@ class TrainConfig(BaseModel):
     """Updates after the last rank is removed; a fifth of all if left out."""
     adalora_delta_t: Count = 1
     """Updates between two choices of the ranks to keep."""
+
+    quantization_bit: Literal[4, 8] | None = None
+    """Keep the frozen weights in so few bits (QLoRA); not quantised if left out."""
+    quantization_method: Annotated[Literal["native", "bitsandbytes"], BeforeValidator(_method)] = "native"
+    """Who computes with them: lorakit, or the layers of bitsandbytes (bnb)."""
+    quantization_type: Literal["nf4", "fp4"] | None = None
+    """Code of 4 bits; nf4 if left out."""
+    double_quantization: bool | None = None
+    """Quantise the constants of 4 bits, too; true if left out."""
+    bnb_4bit_compute_dtype: Literal["bfloat16", "float16", "float32"] | None = None
+    """Number format of products with quantised weights; the run's precision if left out."""
+    llm_int8_threshold: Annotated[float, Field(ge=0)] | None = None
+    """With 8 bits, inputs above this are not rounded (LLM.int8); 0 or left out for none."""
+    int8_compute: bool | None = None
+    """With 8 bits, multiply on integers where that is fast and accurate; true if left out."""
+    llm_int8_skip_modules: Annotated[Names | None, BeforeValidator(_split)] = None
+    """Names of layers that stay as they are, besides the output head."""
+    load_in_4bit: bool | None = None
+    """The same as quantization_bit: 4."""
+    load_in_8bit: bool | None = None
+    """The same as quantization_bit: 8."""
+    use_qlora: bool | None = None
+    """The same as quantization_bit: 4."""
 
     dataset: Paths
     """Training rows: files, folders, patterns, names in dataset_info.json, or hub data sets."""
@@ -180,6 +226,9 @@ class TrainConfig(BaseModel):
     tokenized_path: Text | None = None
     """Folder that keeps encoded rows, instead of lorakit's cache."""
 
+    adapter_name_or_path: Text | None = None
+    """Adapter to go on training, in a new run; its own rank, targets and kind hold."""
+
     output_dir: Text
     """Folder of the run: adapter, checkpoints, metrics, report."""
     overwrite_output_dir: bool = False
@@ -197,14 +246,20 @@ class TrainConfig(BaseModel):
     """Passes over the training rows."""
     max_steps: Annotated[Count | None, BeforeValidator(_endless)] = None
     """Number of updates; wins over num_train_epochs."""
-    lr_scheduler_type: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "cosine"
+    lr_scheduler_type: ScheduleName = "cosine"
     """Course of the learning rate after the warm-up."""
+    lr_scheduler_kwargs: dict[str, Any] | None = None
+    """Settings of that course, such as {num_cycles: 2} of cosine_with_restarts."""
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Share of the updates in which the learning rate rises."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """The same as a number of updates."""
-    optim: Literal["adamw_torch"] = "adamw_torch"
-    """Optimizer: AdamW."""
+    warmup_start_factor: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of learning_rate that the warm-up starts from."""
+    optim: OptimizerName = "adamw_torch"
+    """Optimizer; 8bit keeps its state in a quarter of the memory, paged moves it out of a full GPU."""
+    optim_args: Text | None = None
+    """Settings of the optimizer, such as momentum=0.9 of sgd."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     """Decoupled weight decay."""
     adam_beta1: Fraction = 0.9
@@ -215,27 +270,87 @@ class TrainConfig(BaseModel):
     """AdamW's guard against division by zero."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are scaled down to this norm."""
+    unfreeze_after: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Share of the updates after which the base trains, too (a second stage); never if left out."""
+    unfreeze_learning_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Highest learning rate of the base in the second stage; a tenth of learning_rate if left out."""
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    """When a loss or gradient is not finite: stop, leave it out, or go back a checkpoint at half the rate."""
+    max_nonfinite_updates: Annotated[int, Field(ge=0)] = 3
+    """So many such updates are borne."""
 
     bf16: bool | None = None
     """Compute in bfloat16; by capability if both this and fp16 are left out."""
     fp16: bool | None = None
     """Accepted for old files, and answered with the best format here: float16 is not built yet."""
+    deepspeed: Text | dict[str, Any] | None = None
+    """DeepSpeed's JSON file (or what is in it) with ZeRO stage 1, 2 or 3, for several processes."""
+    fsdp: Annotated[bool, BeforeValidator(_fsdp)] = False
+    """Share the base's weights out among several processes (FSDP2)."""
+    ddp_timeout: Count = 1800
+    """Seconds that a process waits for the others."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
     disable_gradient_checkpointing: bool | None = None
     """The opposite of gradient_checkpointing, as LLaMA-Factory writes it."""
+    gradient_checkpointing_every: Count = 1
+    """Recompute one of so many blocks, not all of them."""
+    offload_activations: bool = False
+    """Keep what recomputation starts from in the CPU's memory (GPU only)."""
+    offload_optimizer: bool = False
+    """Keep the optimizer's state in the CPU's memory between updates (GPU only)."""
+    torch_compile: bool = False
+    """Compile the model's blocks."""
+    auto_find_batch_size: bool = False
+    """Find the largest per_device_train_batch_size that fits; an update keeps its number of rows."""
+    max_memory_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory that this search may use; nine tenths of what is free if left out."""
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] = 42
     """Seed of initial values, data order and dropout."""
 
     logging_steps: Count = 10
     """Updates between two log lines."""
-    save_steps: Count | None = None
-    """Updates between two checkpoints; none if left out."""
+    logging_first_step: bool = False
+    """Log the first update, too."""
+    save_strategy: Literal["no", "steps", "epoch"] = "steps"
+    """When checkpoints are written, from which a run can go on: never, by save_steps, or after every epoch."""
+    save_steps: Count = 500
+    """Updates between two checkpoints; the last update always has one."""
+    save_total_limit: Count | None = None
+    """Keep so many checkpoints, and always the newest, the best and the one that was resumed from."""
+    on_save_error: Literal["continue", "stop"] = "continue"
+    """When a checkpoint cannot be written: go on and try again, or stop."""
+    save_fallback_dir: Text | None = None
+    """Folder on another disk for checkpoints that the disk of output_dir refuses."""
+    resume_from_checkpoint: Text | bool | None = None
+    """Checkpoint to go on from: a folder, or true for the newest good one in output_dir."""
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow"], ...], BeforeValidator(_trackers)] = ()
+    """Where metrics go besides metrics.jsonl: tensorboard, wandb, mlflow, a list of them, all, or none."""
+    run_name: Text | None = None
+    """What trackers call the run; the name of output_dir if left out."""
+    logging_dir: Text | None = None
+    """Folder of TensorBoard's files; in output_dir if left out."""
     plot_loss: bool = True
     """Draw the curves of loss, rate and memory in the report."""
 
     do_eval: bool | None = None
     """Evaluate after training; true if eval_dataset is given."""
+    eval_strategy: Literal["no", "steps", "epoch"] | None = None
+    """Evaluate during training: never, by eval_steps, or after every epoch; steps if eval_steps is given."""
+    eval_steps: Count | None = None
+    """Updates between two evaluations; logging_steps if left out."""
+    eval_delay: Annotated[int, Field(ge=0)] = 0
+    """No evaluation before this update."""
+    metric_for_best_model: Annotated[
+        Literal["loss", "perplexity", "exact_match", "field_f1"], BeforeValidator(_metric)
+    ] = "loss"
+    """What makes a model the best: held-out loss, perplexity, or scores of generated answers."""
+    greater_is_better: bool | None = None
+    """Accepted for old files; the metric knows."""
+    load_best_model_at_end: bool = False
+    """The adapter of the best evaluation is the result, not that of the last update."""
+    early_stopping_steps: Count | None = None
+    """Stop after so many evaluations without a better one."""
     eval_on_start: bool = False
     """Evaluate the base model before training, too."""
     predict_with_generate: bool = False

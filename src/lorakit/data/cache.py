@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorakit.data.store import StoredRows
-from lorakit.files import cache_folder, exclusive, sha256_file, staged_folder, write_text
+from lorakit.files import cache_folder, exclusive, sha256_file, staged_folder, tidy, write_text
 from lorakit.log import logger
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ def cached(
         # Another process may have made them while this one waited; if so, even a demand for new ones is met.
         if (found := _open(target)) is not None and (not overwrite or _made(target) >= started):
             return found
-        for left in target.parent.glob(f".tmp-{name}-*"):  # by a process that was killed: we hold the lock
-            shutil.rmtree(left, ignore_errors=True)
+        tidy(target.parent, name)
         with staged_folder(target) as stage:
             facts = _write(stage, build)
             whole = {"size": (stage / _ROWS).stat().st_size, "sha256": sha256_file(stage / _ROWS)}

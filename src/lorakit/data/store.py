@@ -7,6 +7,7 @@ tokens, and ``trained``, whether each carries loss. It does not depend on how ma
 from __future__ import annotations
 
 import bisect
+import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -62,6 +63,10 @@ class StoredRows(Sequence[Row]):
     def __iter__(self) -> Iterator[Row]:
         return (self._row(number) for number in range(len(self)))
 
+    def columns(self) -> Iterator[tuple[pyarrow.ListArray, pyarrow.ListArray]]:
+        """The tokens, and whether each carries loss, piece by piece."""
+        return zip(self._ids, self._trained, strict=True)
+
     def _row(self, number: int) -> Row:
         chunk = bisect.bisect_right(self._starts, number) - 1
         inside = number - self._starts[chunk]
@@ -73,3 +78,13 @@ class StoredRows(Sequence[Row]):
 def lengths_of(rows: Sequence[Row]) -> Sequence[int]:
     """The number of tokens of each row, without making the rows if they are stored."""
     return rows.lengths.tolist() if isinstance(rows, StoredRows) else [len(row.ids) for row in rows]
+
+
+def rows_fingerprint(rows: Sequence[Row]) -> str:
+    """sha256 over every token and label, in order, however the rows are kept; stored ones are not made."""
+    lengths, ids, trained = (hashlib.sha256() for _ in range(3))
+    for tokens, carries in rows.columns() if isinstance(rows, StoredRows) else [to_batch(rows).columns]:
+        lengths.update(np.diff(tokens.offsets.to_numpy()).tobytes())
+        ids.update(tokens.flatten().to_numpy().tobytes())
+        trained.update(carries.flatten().to_numpy(zero_copy_only=False).tobytes())
+    return hashlib.sha256(b"".join(part.digest() for part in (lengths, ids, trained))).hexdigest()

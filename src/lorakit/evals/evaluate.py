@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from lorakit.data.sample import Sample
 from lorakit.data.templates import Template
 from lorakit.evals.generate import generate
 from lorakit.evals.metrics import exact_match, field_scores, perplexity
-from lorakit.evals.objective import batch_loss, batching
+from lorakit.evals.objective import batch_loss, batching, in_batches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,6 +33,26 @@ class Evaluation:
     answers: tuple[str, ...] | None = None  # generated, in the order of the samples
     exact_match: float | None = None
     field_f1: float | None = None  # only where every reference is a JSON object
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON values that `from_json` takes."""
+        values = asdict(self)
+        values["answers"] = None if self.answers is None else list(self.answers)
+        values["perplexity"] = None if math.isinf(self.perplexity) else self.perplexity
+        return values
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Evaluation:
+        """Undoes `to_json`."""
+        answers, spread = values["answers"], values["perplexity"]
+        return cls(
+            **{
+                **values,
+                "data": DataSummary(**values["data"]),
+                "answers": None if answers is None else tuple(answers),
+                "perplexity": math.inf if spread is None else spread,
+            }
+        )
 
     def scores(self) -> dict[str, float | int]:
         """The measured numbers alone; an infinite perplexity is left out, as JSON has no word for it."""
@@ -87,12 +107,25 @@ def evaluate(
     batch_size: int,
     max_new_tokens: int | None = None,
     on_batch: Callable[[int, int], None] = lambda done, total: None,
+    poll: Callable[[], None] = lambda: None,
 ) -> Evaluation:
-    """Score ``model``; answers are generated only if ``max_new_tokens`` is given."""
+    """Score ``model``; answers are generated only if ``max_new_tokens`` is given.
+
+    ``on_batch(done, total)`` follows the answers. ``poll`` is called after each batch, and what it raises ends
+    the evaluation. With too little memory for ``batch_size`` rows, fewer are taken.
+
+    Raises:
+        MemoryLimitError: there is too little for a single row.
+    """
     rows, data = held_out.rows, held_out.data
-    loss = mean_loss(model, tokenizer, rows, batch_size)
+    loss = mean_loss(model, tokenizer, rows, batch_size, poll)
     if max_new_tokens is None:
         return Evaluation(data.rows, loss, perplexity(loss), data)
+
+    def answered(done: int, total: int) -> None:
+        on_batch(done, total)
+        poll()
+
     answers = generate(
         model,
         tokenizer,
@@ -100,7 +133,7 @@ def evaluate(
         stop=held_out.stop,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        on_batch=on_batch,
+        on_batch=answered,
     )
     references = [sample.reference for sample in held_out.samples]
     fields = field_scores(answers, references)
@@ -117,16 +150,26 @@ def evaluate(
 
 @torch.no_grad()
 def mean_loss(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Σ loss / Σ supervised tokens over all rows, however they fall into batches."""
+    """Σ loss / Σ supervised tokens over all rows, however they fall into batches; ``poll`` follows each."""
     was_training = model.training
     model.eval()
     total, supervised = 0.0, 0
-    with batching(model, tokenizer, rows) as collate:
-        for start in range(0, len(rows), batch_size):
-            batch = collate(rows[start : start + batch_size])
-            total += float(batch_loss(model, batch))
-            supervised += len(batch.targets_N)
-    model.train(was_training)
+
+    def add(start: int, end: int) -> None:
+        nonlocal total, supervised
+        batch = collate(rows[start:end])
+        total += float(batch_loss(model, batch))
+        supervised += len(batch.targets_N)
+
+    try:
+        with batching(model, tokenizer, rows) as collate:
+            in_batches(len(rows), batch_size, add, lambda done: poll())
+    finally:
+        model.train(was_training)
     return total / supervised

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from lorakit.data.collate import Batch, pack, pad
 from lorakit.data.encode import Row
 from lorakit.data.store import lengths_of
+from lorakit.errors import MemoryLimitError
+from lorakit.hardware import is_out_of_memory
+from lorakit.log import logger
 from lorakit.models.patch import can_pack, packed
 from lorakit.ops.loss import cross_entropy_sum
 
@@ -18,6 +21,38 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Collate = Callable[[Sequence[Row]], Batch]
+
+
+def in_batches(
+    count: int, size: int, handle: Callable[[int, int], None], after: Callable[[int], None] = lambda done: None
+) -> None:
+    """Let ``handle(start, end)`` go through ``count`` rows, ``size`` at a time; ``after(done)`` follows.
+
+    Where memory runs short, ``handle`` gets fewer rows from there on, and ``after`` is called as often as ever.
+
+    Raises:
+        MemoryLimitError: there is too little for a single row.
+    """
+    part = size
+    for first in range(0, count, size):
+        start, last = first, min(first + size, count)
+        while start < last:
+            end = min(start + part, last)
+            try:
+                handle(start, end)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if end - start == 1:
+                    raise MemoryLimitError(
+                        "there is not enough memory to evaluate a single row",
+                        remedy="lower cutoff_len or max_new_tokens, or leave the evaluation out",
+                    ) from error
+                part = (end - start) // 2
+                logger.info("out of memory: evaluating %d rows at once from here on", part)
+            else:
+                start = end
+        after(last)
 
 
 @contextlib.contextmanager

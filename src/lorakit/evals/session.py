@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from lorakit import hardware
 from lorakit.adapters.attach import merge as merge_adapters
+from lorakit.adapters.attach import remove_adapter
 from lorakit.checkpoint import binding
 from lorakit.checkpoint.peft_config import CONFIG_FILE
 from lorakit.checkpoint.peft_format import NOTES_FILE, find_adapter, load_adapter
 from lorakit.checkpoint.strict_json import read_object
+from lorakit.config.quantization import Quantization, quantization_from
 from lorakit.data.encode import prompt_ids
 from lorakit.data.probe import stop_ids
 from lorakit.data.sample import Message, Sample
 from lorakit.data.templates import Template, find_template, kept_template
 from lorakit.errors import ModelError, UsageError
+from lorakit.evals.certificate import PROMPTS, certify, logits
 from lorakit.evals.generate import generate
 from lorakit.hardware import Precision
+from lorakit.log import logger
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.quantized import quantization_of, quantized_for_now
 from lorakit.models.sources import ModelSource, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Kept = Literal["as trained", "none", "4", "8"]
+_KEPT: dict[str, Quantization | None] = {
+    "none": None,
+    "4": Quantization(),
+    "8": Quantization(kind="int8", double=False),
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +62,11 @@ class Session:
         system = self.system if system is None else system
         return (*((Message("system", system),) if system else ()), Message("user", prompt))
 
+    def probes(self) -> list[tuple[int, ...]]:
+        """Token ids of a few prompts of all kinds, for comparing what models make of them."""
+        asked = [Sample(self.conversation(prompt), "prompt") for prompt in PROMPTS]
+        return [tuple(prompt_ids(self.tokenizer, sample, self.template)) for sample in asked]
+
     def answer(self, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
         """What the model says to each conversation, which ends with a question."""
         samples = [Sample(tuple(messages), "prompt") for messages in conversations]
@@ -64,6 +82,7 @@ def open_session(
     precision: Precision | None = None,
     merge: bool = True,
     check_base: bool = True,
+    quantization_bit: Kept = "as trained",
 ) -> Session:
     """Load what ``name`` means.
 
@@ -71,8 +90,10 @@ def open_session(
         name: a run directory, an adapter folder, or a model (folder, GGUF file, hub id, demo alias).
         base: the base model, if not the one that the adapter names.
         precision: number format; the best of this machine if not given.
-        merge: fold the adapter into the weights in memory, for speed.
+        merge: fold the adapter into the weights in memory, for speed; not into quantised ones.
         check_base: refuse a base model, tokenizer or chat template other than the adapter was trained with.
+        quantization_bit: how the weights of the base are kept: as the adapter was trained on them, dense, or in
+            4 (nf4) or 8 bits. A base that is stored quantised stays so.
 
     Raises:
         UsageError: ``base`` is given, but ``name`` is no adapter.
@@ -97,13 +118,63 @@ def open_session(
         template.into(tokenizer)
     else:
         template = find_template(tokenizer)
-    model = load_model(located, precision=precision or hardware.best_precision(), device=hardware.device())
+    trained = _trained_on(notes, adapter) if adapter else None
+    kept = trained if quantization_bit == "as trained" else _KEPT[quantization_bit]
+    model = load_model(
+        located,
+        precision=precision or hardware.best_precision(),
+        device=hardware.device(),
+        quantization=kept and _for_use(kept, plain=not merge),
+    )
     check_vocabulary(model, tokenizer)
+    session = Session(model, tokenizer, located, adapter, template, notes)
     if adapter is not None:
+        if trained and quantization_of(model) is None:
+            _warn_of_dense_base(session, adapter, trained)
         load_adapter(model, adapter, check_base=check_base)
-        if merge:
+        if merge and quantization_of(model) is None:
             merge_adapters(model)
-    return Session(model, tokenizer, located, adapter, template, notes)
+    return session
+
+
+def _trained_on(notes: Mapping[str, Any], adapter: Path) -> Quantization | None:
+    """How the base was kept that the adapter was trained on; None if dense, or not known."""
+    recorded = notes.get("quantization")
+    if recorded is None:
+        return None
+    try:
+        return quantization_from(recorded if isinstance(recorded, dict) else {})
+    except ValueError as error:
+        raise ModelError(
+            f"the note of how the base was quantised cannot be used: {error}",
+            place=str(adapter / NOTES_FILE),
+            remedy="correct it, or remove it and choose with --quantization-bit",
+        ) from error
+
+
+def _for_use(kept: Quantization, *, plain: bool) -> Quantization:
+    """The same numbers in the precision of this session; ``plain`` if the weights themselves are worked on."""
+    if plain:
+        return replace(kept, compute=None, method="native", integer=False)
+    missing = find_spec("bitsandbytes") is None
+    return replace(kept, compute=None, method="native" if missing else kept.method)
+
+
+def _warn_of_dense_base(session: Session, adapter: Path, trained: Quantization) -> None:
+    """Say how much the adapter's answers change on a base that is dense, other than the one in training."""
+    model, texts = session.model, session.probes()
+    load_adapter(model, adapter, check_base=False)
+    dense = logits(model, texts)
+    remove_adapter(model, "default")
+    with quantized_for_now(model, trained):
+        load_adapter(model, adapter, check_base=False)
+        gap = certify(logits(model, texts), dense)
+        remove_adapter(model, "default")
+    logger.warning(
+        "warning: the adapter was trained on a base in %s; on this dense one its logits differ by %.3g on "
+        "average (at most %.3g), and %.3g %% of the likeliest tokens are the same",
+        trained, gap.mean_logit_difference, gap.max_logit_difference, 100 * gap.top1_agreement,
+    )  # fmt: skip
 
 
 def _base_of(adapter: Path) -> tuple[str, str | None]:

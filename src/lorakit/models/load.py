@@ -3,43 +3,85 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
 from lorakit.hardware import Precision
 from lorakit.log import logger
+from lorakit.models.gguf import streamable
+from lorakit.models.quantized import DTYPES, tell_quantized
 from lorakit.models.quiet import quiet
-from lorakit.models.sources import ModelSource, local_folder
-
-DTYPES: dict[Precision, torch.dtype] = {
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp32": torch.float32,
-}
+from lorakit.models.sources import ModelSource, local_folder, stored_quantization
+from lorakit.models.stream import check_finite, dense_weight_reader, stored_gguf, stored_weights, stream
 
 
 def load_model(
-    source: ModelSource, *, precision: Precision, device: str = "cpu", trust_remote_code: bool = False
+    source: ModelSource,
+    *,
+    precision: Precision,
+    device: str = "cpu",
+    trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> PreTrainedModel:
-    """The base model with every parameter frozen; weights that are absent or misshapen are an error."""
-    folder = local_folder(source, trust_remote_code=trust_remote_code)
-    with quiet(), _explained("model", folder):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES[precision],
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,  # so that all of them can be named below
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
+    """The base model, frozen; weights that are absent, misshapen or not finite are an error.
+
+    Args:
+        source: what `locate` found.
+        precision: number format of the weights, of all but the quantised ones.
+        device: where the model goes.
+        trust_remote_code: run code that comes with the model.
+        quantization: keep the linear layers so. A model whose file has them quantised stays as it is.
+    """
+    direct = quantization is not None and source.kind == "gguf" and streamable(source.file)
+    folder = local_folder(source, weights=not direct, trust_remote_code=trust_remote_code)
+    stored = stored_quantization(folder)
+    if stored and quantization and (stored.kind, stored.double) != (quantization.kind, quantization.double):
+        raise ModelError(
+            f"the weights in this folder are {stored} already, not {quantization}",
+            place=str(folder),
+            remedy="leave the quantisation keys out, or use the original model",
         )
+    settings = quantization or stored
+    loaded: Any
+    with quiet(), _explained("model", folder):
+        if settings:
+            loaded = stream(
+                folder,
+                lambda model: stored_gguf(source.file, model) if direct else stored_weights(folder),
+                settings,
+                only_stored=stored is not None,
+                dtype=DTYPES[precision],
+                device=device,
+                trust_remote_code=trust_remote_code,
+            )
+        else:
+            loaded = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES[precision],
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,  # so that all of them can be named below
+                output_loading_info=True,
+                trust_remote_code=trust_remote_code,
+            )
     model: PreTrainedModel = loaded[0]
     _check_loaded(folder, loaded[1])
+    if settings:
+        tell_quantized(model)
+    else:
+        for name, parameter in model.named_parameters():
+            check_finite(name, parameter)
     return model.requires_grad_(False).eval().to(device)
+
+
+def dense_weights(source: ModelSource, model: PreTrainedModel) -> Callable[[str], Tensor]:
+    """A function that reads the weight [out, in] of a module of ``model``, by its path, from the file."""
+    return dense_weight_reader(local_folder(source), model)
 
 
 def load_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -10,6 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
@@ -37,12 +38,26 @@ def can_pack(model: PreTrainedModel, longest: int) -> bool:
 
 @contextlib.contextmanager
 def packed(model: PreTrainedModel) -> Iterator[None]:
-    """Within the block the model takes ``segment_lengths`` and attends inside segments only."""
+    """Within the block the model takes ``segment_lengths`` and attends inside segments only.
+
+    Compiled code leaves this attention out, which would be compiled anew for each layout.
+    """
     from transformers import AttentionInterface
 
+    AttentionInterface.register(_NAME, torch.compiler.disable(_attention))
+    hook = model.register_forward_pre_hook(_hide_lengths, with_kwargs=True)
+    try:
+        with attention(model, _NAME):
+            yield
+    finally:
+        hook.remove()
+
+
+@contextlib.contextmanager
+def attention(model: PreTrainedModel, name: str) -> Iterator[None]:
+    """Within the block the model attends by this entry of the registry (its own one, to leave `packed`)."""
     before = model.config._attn_implementation
-    AttentionInterface.register(_NAME, _attention)
-    model.set_attn_implementation(_NAME)
+    model.set_attn_implementation(name)
     try:
         yield
     finally:
@@ -64,6 +79,19 @@ def lean_head(model: PreTrainedModel) -> Iterator[None]:
         hook.remove()
 
 
+class _Segments:
+    """The lengths of a batch's segments, as compiled code may pass them on: it is bound to values of tuples."""
+
+    def __init__(self, lengths: tuple[int, ...]) -> None:
+        self.lengths = lengths
+
+
+def _hide_lengths(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    if isinstance(lengths := named.get("segment_lengths"), tuple):
+        named = named | {"segment_lengths": _Segments(lengths)}
+    return inputs, named
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
@@ -71,11 +99,11 @@ def _attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float,
-    segment_lengths: tuple[int, ...] | None = None,
+    segment_lengths: _Segments | None = None,
     **_unused: Any,
 ) -> tuple[Tensor, None]:
     """[1, H, T, D] → [1, T, H, D], as every entry of the registry."""
     if segment_lengths is None:
         raise ModelError("a packed model was called without segment_lengths")
-    out_HTD = packed_attention(query[0], key[0], value[0], segment_lengths, scaling)
+    out_HTD = packed_attention(query[0], key[0], value[0], segment_lengths.lengths, scaling)
     return out_HTD.transpose(0, 1)[None], None

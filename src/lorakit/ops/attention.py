@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _MAX_PADDING = 1.3  # a bucket's longest segment over its shortest
+_TILE = 256  # query rows of one product
 _MAX_SCORES = 64 * 1024 * 1024  # score elements of one bucket: H · S · L², 128 MB in bf16
 
 
@@ -88,21 +89,24 @@ def packed_attention(
 
 
 def _dense_causal(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, index_SL: Tensor, scaling: float) -> Tensor:
-    """Causal attention of one bucket: [H, S, L, D]. Key heads are shared by views, never copied."""
+    """Causal attention of one bucket: [H, S, L, D]. Key heads are shared by views, never copied.
+
+    Query heads that share a key head become more query rows of that head: one product for all of them. Long
+    segments go in tiles of queries, which need no keys beyond their own end.
+    """
     heads, groups = q_HTD.shape[0], k_GTD.shape[0]
     segments, longest = index_SL.shape
     flat = index_SL.reshape(-1)
-
-    def gather(x_HTD: Tensor) -> Tensor:
-        return x_HTD.index_select(1, flat).view(x_HTD.shape[0], segments, longest, -1)
-
-    # Query heads that share a key head become more query rows of that head: one product for all of them.
-    q = gather(q_HTD).view(groups, heads // groups, segments, longest, -1).transpose(1, 2)
-    q = q.reshape(groups, segments, (heads // groups) * longest, -1)
-    k, v = gather(k_GTD), gather(v_GTD)
-    scores = (q * scaling) @ k.transpose(-1, -2)
-    future_LL = torch.ones(longest, longest, dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.view(groups, segments, -1, longest, longest).masked_fill(future_LL, float("-inf"))
-    weights = scores.softmax(-1).view(groups, segments, -1, longest)
-    out = (weights @ v).view(groups, segments, heads // groups, longest, -1).transpose(1, 2)
-    return out.reshape(heads, segments, longest, -1)
+    q = q_HTD.index_select(1, flat).view(groups, heads // groups, segments, longest, -1).transpose(1, 2)
+    k, v = (x.index_select(1, flat).view(groups * segments, longest, -1) for x in (k_GTD, v_GTD))
+    tiles = []
+    for start in range(0, longest, _TILE):
+        stop = min(start + _TILE, longest)
+        rows = q[:, :, :, start:stop].reshape(groups * segments, (heads // groups) * (stop - start), -1)
+        # −∞ for the keys after a query, the same for each head; added by the product itself.
+        future = torch.full((stop - start, stop), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
+        future = future.repeat(heads // groups, 1).expand(groups * segments, -1, -1)
+        weights = torch.baddbmm(future, rows, k[:, :stop].transpose(1, 2), alpha=scaling).softmax(-1)
+        tiles.append((weights @ v[:, :stop]).view(groups, segments, heads // groups, stop - start, -1))
+    out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
+    return out.transpose(1, 2).reshape(heads, segments, longest, -1)

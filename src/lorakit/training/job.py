@@ -3,34 +3,35 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from lorakit import hardware
 from lorakit.adapters.attach import adapter_layers, attach, count_parameters
 from lorakit.adapters.spec import LoRAConfig
-from lorakit.checkpoint.binding import text_fingerprint
+from lorakit.checkpoint.binding import fingerprint, text_fingerprint, weights_fingerprint
+from lorakit.checkpoint.peft_format import load_adapter
 from lorakit.config.resolve import Resolved
+from lorakit.data.configured import policy_of, template_of
 from lorakit.data.encode import DataSummary, Row
 from lorakit.data.prepare import Encoder
-from lorakit.data.store import lengths_of
+from lorakit.data.run_rows import run_rows
+from lorakit.data.store import lengths_of, rows_fingerprint
 from lorakit.data.templates import Template
-from lorakit.errors import ModelError
+from lorakit.errors import ModelError, UsageError
 from lorakit.evals.evaluate import HeldOut, hold_out
 from lorakit.evals.objective import batching
 from lorakit.log import logger
 from lorakit.lowrank.budget import RankSchedule
-from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
+from lorakit.models.load import check_vocabulary, dense_weights, load_model, load_tokenizer
 from lorakit.models.patch import can_pack
+from lorakit.models.quantized import quantization_of
 from lorakit.models.sources import ModelSource, locate
+from lorakit.training.engine import find_batch, make_plan
 from lorakit.training.loop import Plan
-from lorakit.training.order import Grouping, total_steps
-from lorakit.training.reading import policy_of, template_of
-from lorakit.training.rows import run_rows
-from lorakit.training.schedule import warmup_steps
+from lorakit.training.progress import seed_everything
 from lorakit.training.step import check_gradients_arrive
 
 if TYPE_CHECKING:
@@ -52,66 +53,116 @@ class Job:
     source: ModelSource
     plan: Plan
     text: Mapping[str, str | None]  # what the adapter remembers of vocabulary and chat template
+    content: str  # sha256 of the rows
+    base: str  # sha256 of the base's weights
+    bound_to: Mapping[str, Any]  # what an adapter remembers of its base
+    reading: Mapping[str, Any]  # what became of the rows of the files
+
+    def facts(self) -> dict[str, Any]:
+        """What the run's course depends on besides settings, by content."""
+        return {"data": self.content, "base": self.base, **self.text}
+
+    def notes(self, *, base_trained: bool = False) -> dict[str, Any]:
+        """What is saved with the adapter; on the original base it is refused if the base was trained, too."""
+        base = {**self.bound_to, "weights": "trained"} if base_trained else self.bound_to
+        kept = self.settings.quantization or quantization_of(self.model)  # asked for, or the file's own
+        return {
+            "base_model": self.settings.model_name_or_path,
+            "revision": self.settings.model_revision,
+            "notes": {
+                "system": self.system,
+                "template": self.template.notes(),
+                "text": self.text,
+                "base": base,
+                "quantization": kept and kept.to_dict(),
+            },
+            "texts": self.template.files(),
+        }
 
 
-def build(settings: Resolved) -> Job:
+def build(
+    settings: Resolved,
+    ranks: int = 1,
+    poll: Callable[[], None] = lambda: None,
+    batch: tuple[int, int] | None = None,
+) -> Job:
     """Load model, tokenizer and rows, attach the adapter and fix the numbers; nothing is trained or written.
 
-    The adapter's B is zero, so that the model still answers as the base does, bit for bit.
+    A new adapter's B is zero, so that the model still answers as the base does, bit for bit. ``poll`` is called
+    between the parts, and leaves if somebody asked for it. ``batch`` is what `find_batch` found at an earlier
+    start of the run.
     """
-    torch.manual_seed(settings.seed)
+    seed_everything(settings.seed)
+    poll()
     source = locate(settings.model_name_or_path, settings.model_revision)
     tokenizer = load_tokenizer(source, trust_remote_code=settings.trust_remote_code)
     template = template_of(settings, tokenizer)
-    found = run_rows(settings, Encoder(tokenizer, template, policy_of(settings)))
+    found = run_rows(settings, Encoder(tokenizer, template, policy_of(settings)), poll)
+    poll()
     rows, data = found.training.rows, found.training.data
-    held_out = found.held_out and hold_out(
-        tokenizer,
-        found.held_out,
-        template=template,
-        cutoff_len=settings.cutoff_len,
-        answers=settings.predict_with_generate,
-    )
-    model = load_model(
-        source,
-        precision=settings.precision,
-        device=hardware.device(),
-        trust_remote_code=settings.trust_remote_code,
-    )
-    check_vocabulary(model, tokenizer)
-    lengths = lengths_of(rows)
-    if settings.packing and not can_pack(model, longest=max(lengths)):
-        raise ModelError(
-            f"packing: rows of a {model.config.model_type} model cannot be kept from seeing each other",
-            remedy="remove packing; group_by_length: true also saves padding",
-        )
-    plan = _plan(settings, lengths)
-    _attach(model, settings, plan.steps)
-    with batching(model, tokenizer, rows) as collate:
-        check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
     logger.info(
         "%s rows, %s tokens (%s with loss), longest %s; truncated %s, dropped %s",
         data.rows, data.tokens, data.supervised_tokens, data.longest, data.truncated, data.dropped,
     )  # fmt: skip
+    cut, answers = settings.cutoff_len, settings.predict_with_generate
+    held_out = found.held_out and hold_out(
+        tokenizer, found.held_out, template=template, cutoff_len=cut, answers=answers
+    )
+    poll()
+    model = _load(settings, source)
+    poll()
+    check_vocabulary(model, tokenizer)
+    base, bound_to = weights_fingerprint(model), fingerprint(model)
+    lengths = lengths_of(rows)
+    _check(settings, model, max(lengths), ranks)
+    search = settings.auto_find_batch_size and batch is None
+    if batch is None or not settings.auto_find_batch_size:
+        batch = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
+    plan = make_plan(settings, lengths, ranks, batch)
+    _attach(model, settings, plan.steps, source)
+    with batching(model, tokenizer, rows) as collate:
+        check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))
+        if search:
+            batch = find_batch(settings, model, rows, plan.grouping, collate, poll)
+            plan = make_plan(settings, lengths, ranks, batch)
     return Job(
-        settings=settings,
-        model=model,
-        tokenizer=tokenizer,
-        template=template,
-        rows=rows,
-        data=data,
-        held_out=held_out or None,
-        system=found.training.system,
-        source=source,
-        plan=plan,
-        text=text_fingerprint(tokenizer),
+        settings=settings, model=model, tokenizer=tokenizer, template=template, rows=rows, data=data,
+        held_out=held_out or None, system=found.training.system, source=source, plan=plan,
+        text=text_fingerprint(tokenizer), content=rows_fingerprint(rows), base=base, bound_to=bound_to,
+        reading=found.training.facts,
+    )  # fmt: skip
+
+
+def _load(settings: Resolved, source: ModelSource) -> PreTrainedModel:
+    return load_model(
+        source,
+        precision=settings.precision,
+        device="cpu" if settings.deepspeed or settings.fsdp else hardware.device(),  # they place it themselves
+        trust_remote_code=settings.trust_remote_code,
+        quantization=settings.quantization,
     )
 
 
-def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
-    attach(model, adapter_config(settings, steps), seed=settings.seed)
+def _check(settings: Resolved, model: PreTrainedModel, longest: int, ranks: int) -> None:
+    """Refuse what model or ranks do not allow."""
+    if settings.packing and not can_pack(model, longest):
+        raise ModelError(
+            f"packing: rows of a {model.config.model_type} model cannot be kept from seeing each other",
+            remedy="remove packing; group_by_length: true also saves padding",
+        )
+    if settings.auto_find_batch_size and ranks > 1:
+        raise UsageError("auto_find_batch_size: several processes would find several sizes", remedy="use one")
+
+
+def _attach(model: PreTrainedModel, settings: Resolved, steps: int, source: ModelSource) -> None:
+    if settings.adapter_name_or_path is None:
+        dense_weight = dense_weights(source, model) if settings.init_lora_weights == "loftq" else None
+        attach(model, adapter_config(settings, steps), seed=settings.seed, dense_weight=dense_weight)
+    else:
+        load_adapter(model, Path(settings.adapter_name_or_path))
+        logger.info("going on with the adapter in %s: its rank and targets hold", settings.adapter_name_or_path)
     layers = adapter_layers(model).items()
-    kinds = Counter((path.rpartition(".")[2], tuple(layer.weight.shape)) for path, layer in layers)
+    kinds = Counter((path.rpartition(".")[2], layer.store.shape) for path, layer in layers)
     counted = count_parameters(model)
     logger.info(
         "%s on %s; %s of %s parameters train (%.3g %%)",
@@ -123,8 +174,6 @@ def _attach(model: PreTrainedModel, settings: Resolved, steps: int) -> None:
         logger.info(
             "lora_fa is LoRA-FA: A stays frozen, B is trained (it has nothing to do with Flash Attention)"
         )
-    if settings.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def adapter_config(settings: Resolved, steps: int) -> LoRAConfig:
@@ -164,32 +213,4 @@ def _schedule(settings: Resolved, steps: int) -> RankSchedule:
         tinit=steps // 10 if tinit is None else tinit,
         tfinal=steps // 5 if tfinal is None else tfinal,
         deltaT=settings.adalora_delta_t,
-    )
-
-
-def _grouping(settings: Resolved) -> Grouping:
-    return Grouping(
-        size=settings.per_device_train_batch_size,
-        accumulation=settings.gradient_accumulation_steps,
-        capacity=settings.cutoff_len if settings.packing else None,
-        budget=settings.max_tokens_per_batch,
-        like_lengths=settings.group_by_length,
-    )
-
-
-def _plan(settings: Resolved, lengths: Sequence[int]) -> Plan:
-    grouping = _grouping(settings)
-    per_epoch = grouping.updates_per_epoch(lengths)
-    steps = total_steps(per_epoch, epochs=settings.num_train_epochs, max_steps=settings.max_steps)
-    return Plan(
-        steps=steps,
-        grouping=grouping,
-        updates_per_epoch=per_epoch,
-        schedule=settings.lr_scheduler_type,
-        learning_rate=settings.learning_rate,
-        warmup=warmup_steps(steps, ratio=settings.warmup_ratio, count=settings.warmup_steps),
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        logging_steps=settings.logging_steps,
-        save_steps=settings.save_steps,
     )

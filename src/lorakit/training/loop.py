@@ -1,121 +1,260 @@
-"""The loop: updates in order, the rate by the schedule, metrics, saves, and a clean stop on a signal."""
+"""The loop: updates in order, and after each what is due: log line, evaluation, checkpoint.
+
+All that changes is in `Progress`, the strategy and the random states: what `save` keeps is enough to go on as
+if nothing had happened. An update that is interrupted, short of memory or not finite leaves no trace in them.
+"""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import nn
+from typing import Any, Literal
 
 from lorakit import hardware
+from lorakit.checkpoint.state import State
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
+from lorakit.data.order import Grouping, Order, divide, spread
 from lorakit.data.store import lengths_of
+from lorakit.errors import DivergedError, MemoryLimitError, StorageError
 from lorakit.lowrank.budget import RankAllocator
-from lorakit.training.order import Grouping, updates
-from lorakit.training.schedule import learning_rate
-from lorakit.training.signals import StopRequest
-from lorakit.training.step import StepResult, train_step
+from lorakit.optim.build import set_rate
+from lorakit.optim.schedule import Schedule
+from lorakit.parallel.strategy import Strategy
+from lorakit.training.guards import Watch
+from lorakit.training.progress import Progress, random_state, restore_random_state
+from lorakit.training.signals import Stopped, StopRequest
+from lorakit.training.step import ShortOfMemory, StepResult, train_step, try_pass
+
+_RETRY = 10  # updates until a checkpoint that could not be written is tried again
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The numbers of a run, fixed before it starts."""
+    """The numbers of a run, fixed before it starts. Steps count updates, from 1; None means never."""
 
     steps: int
     grouping: Grouping
     updates_per_epoch: int
-    schedule: str
-    learning_rate: float
-    warmup: int
+    schedule: Schedule
     max_grad_norm: float
     seed: int
     logging_steps: int
-    save_steps: int | None
-
-    def rate(self, step: int) -> float:
-        """The learning rate of update ``step`` (from 0)."""
-        return learning_rate(
-            step, kind=self.schedule, peak=self.learning_rate, steps=self.steps, warmup=self.warmup
-        )
+    save_steps: int | None = None
+    eval_steps: int | None = None
+    first_eval: int = 0  # no evaluation before this step
+    higher_is_better: bool = False
+    patience: int | None = None  # evaluations without a better value that end the run
+    keep_best: bool = False
+    unfreeze_after: int | None = None  # the last step that trains adapters alone
+    on_nonfinite: Literal["stop", "skip", "rollback"] = "stop"
+    max_nonfinite: int = 3
+    on_save_error: Literal["continue", "stop"] = "continue"
+    log_first: bool = False
 
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop tells the outside."""
+    """What the loop tells and asks the outside."""
 
-    on_step: Callable[[int, float], None]  # step (from 1), loss
+    on_step: Callable[[int, float], None]  # step, loss
     on_log: Callable[[dict[str, Any]], None]  # the fields of a ``train`` event
-    on_save: Callable[[int], None]
+    on_note: Callable[[str], None]  # something a user must know
+    save: Callable[[], None]  # a checkpoint of what is now; may raise StorageError
+    evaluate: Callable[[int], float | None]  # the watched value of the held-out rows
+    on_refused: Callable[[dict[str, Any]], None]  # what is known of an update that was not finite
+    roll_back: Callable[[], None]  # to the newest good checkpoint
+    unfreeze: Callable[[], None]  # the second stage begins
 
 
-def fit(
-    model: nn.Module,
-    rows: Sequence[Row],
-    optimizer: torch.optim.Optimizer,
-    plan: Plan,
-    *,
-    collate: Callable[[Sequence[Row]], Batch],
-    hooks: Hooks,
-    budget: RankAllocator | None = None,
-) -> int | None:
-    """Train ``model`` in place; returns the signal that stopped it early, or None when it finished.
+class Loop:
+    """One run's training."""
 
-    ``budget`` takes ranks away as AdaLoRA does.
-    """
-    meter = _Meter(plan)
-    order = updates(lengths_of(rows), plan.grouping, plan.steps, plan.seed)
-    model.train()
-    with StopRequest() as stop:
-        for step, groups in enumerate(order, start=1):
-            rate = plan.rate(step - 1)
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group.get("factor", 1.0)
-            batches = [collate([rows[i] for i in group]) for group in groups]
-            result = train_step(model, batches, optimizer, plan.max_grad_norm, budget, step)
-            meter.add(result)
-            hooks.on_step(step, result.loss)
-            if step % plan.logging_steps == 0 or step == plan.steps or stop.signum:
-                hooks.on_log(meter.take(step, rate))
-            if plan.save_steps and step % plan.save_steps == 0 and step < plan.steps:
-                hooks.on_save(step)
-            if stop.signum:
-                return stop.signum
-    return None
+    def __init__(
+        self,
+        strategy: Strategy,
+        rows: Sequence[Row],
+        plan: Plan,
+        progress: Progress,
+        *,
+        collate: Callable[[Sequence[Row]], Batch],
+        hooks: Hooks,
+        stop: StopRequest,
+        budget: RankAllocator | None = None,
+    ) -> None:
+        self.strategy, self.rows, self.plan, self.progress = strategy, rows, plan, progress
+        self.collate, self.hooks, self.stop, self.budget = collate, hooks, stop, budget
+        self._order = Order(lengths_of(rows), plan.grouping, plan.seed)
+        self._watch = Watch()
+        self._owed: int | None = None  # the step at which a failed checkpoint is tried again
 
+    def run(self) -> None:
+        """Train until the plan is done, from wherever `progress` is.
 
-class _Meter:
-    """Averages since the last log line; rates by the monotonic clock."""
+        Raises:
+            Stopped: by a signal; the state is that after the last whole update.
+            DivergedError, MemoryLimitError: as the policy says; the state is that before the update.
+        """
+        progress, plan = self.progress, self.plan
+        started = time.monotonic() - progress.seconds
+        self.strategy.model.train()
+        self._try_longest()
+        self._evaluate()  # in case the run was stopped between an update and its evaluation
+        while progress.step < plan.steps and progress.ended is None:
+            result = self._update(progress.step + 1)
+            progress.seconds = time.monotonic() - started
+            if result is not None:
+                progress.step += 1
+                self._account(result)
+            self._evaluate()
+            self._save_if_due()
 
-    def __init__(self, plan: Plan) -> None:
-        self._steps = plan.steps
-        self._per_epoch = plan.updates_per_epoch
-        self._start = self._last = time.monotonic()
-        self._seen: list[StepResult] = []
-        self._tokens = 0
+    def _update(self, step: int) -> StepResult | None:
+        """Update number ``step``; None if its gradient was not finite and the policy goes on."""
+        plan, progress, strategy = self.plan, self.progress, self.strategy
+        if plan.unfreeze_after is not None and step > plan.unfreeze_after:
+            self.hooks.unfreeze()
+        set_rate(strategy.optimizer, plan.schedule.rate(step - 1) * progress.rate_factor)
+        before = random_state()
+        while True:
+            groups, empty = self._passes(self._order.update(step))
+            try:
+                result = train_step(
+                    strategy,
+                    [self.collate([self.rows[i] for i in group]) for group in groups],
+                    plan.max_grad_norm,
+                    budget=self.budget,
+                    step=step,
+                    empty=empty,
+                    scale=progress.scale,
+                    poll=lambda: self.stop.poll(strategy.world),
+                )
+            except ShortOfMemory:
+                restore_random_state(before)
+                self._halve(self._order.update(step))
+            except DivergedError as error:
+                norms = strategy.norms()
+                strategy.discard()
+                if progress.scale is None or not progress.scale.back_off():
+                    self._refuse(step, groups, norms, error, before)
+                    return None
+                restore_random_state(before)
+            except Stopped:
+                strategy.discard()
+                restore_random_state(before)
+                raise
+            else:
+                if progress.scale:
+                    progress.scale.grow()
+                return result
 
-    def add(self, result: StepResult) -> None:
-        self._seen.append(result)
-        self._tokens += result.tokens
+    def _passes(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:
+        """The micro-batches of this rank, as many as any rank has, and how many of them only fill up."""
+        world = self.strategy.world
+        shares = [divide(share, self.progress.splits) for share in spread(groups, world.size)]
+        mine = shares[world.rank]
+        empty = max(map(len, shares)) - len(mine)
+        return mine + [shares[0][0]] * empty, empty
 
-    def take(self, step: int, rate: float) -> dict[str, Any]:
-        now = time.monotonic()
-        tokens = sum(result.tokens for result in self._seen)
-        entry = {
-            "step": step,
-            "steps": self._steps,
-            "epoch": round(step / self._per_epoch, 4),
-            "loss": sum(result.loss for result in self._seen) / len(self._seen),
-            "learning_rate": rate,
-            "grad_norm": self._seen[-1].grad_norm,
-            "tokens": self._tokens,
-            "tokens_per_second": tokens / max(now - self._last, 1e-9),
-            "memory_gb": hardware.memory_used() / 1e9,
-            "seconds": now - self._start,
-        }
-        self._last = now
-        self._seen.clear()
-        return entry
+    def _try_longest(self) -> None:
+        """One pass over the largest micro-batch, before hours are spent on smaller ones; it leaves no trace."""
+        if not self.strategy.recovers:
+            return
+        largest, before = self._order.largest(), random_state()
+        while True:
+            batch = self.collate([self.rows[i] for i in divide([largest], self.progress.splits)[0]])
+            try:
+                try_pass(self.strategy, batch)
+            except ShortOfMemory:
+                self._halve([largest])
+            else:
+                return
+            finally:
+                restore_random_state(before)
+
+    def _halve(self, groups: Sequence[Sequence[int]]) -> None:
+        """Divide micro-batches once more: the same rows in the same update, in more passes."""
+        if all(len(part) == 1 for part in divide(groups, self.progress.splits)):
+            raise MemoryLimitError(
+                "there is not enough memory for a single row",
+                remedy="lower cutoff_len, set gradient_checkpointing: true, or quantization_bit: 4",
+            )
+        self.progress.splits *= 2
+        self.hooks.on_note(
+            f"out of memory: micro-batches are divided by {self.progress.splits} from now on; "
+            "an update keeps its rows"
+        )
+
+    def _refuse(
+        self, step: int, groups: list[list[int]], norms: dict[str, float], error: DivergedError, before: State
+    ) -> None:
+        """What the policy does about an update that is not finite; the weights are as they were before it."""
+        plan, progress = self.plan, self.progress
+        progress.refused += 1
+        self.hooks.on_refused({"step": step, "message": error.message, "rows": groups, "norms": norms})
+        if plan.on_nonfinite == "stop" or progress.refused > plan.max_nonfinite:
+            restore_random_state(before)
+            raise error
+        if plan.on_nonfinite == "skip":
+            progress.step = step
+            self.hooks.on_note(f"update {step} was not finite and is left out ({progress.refused} so far)")
+            return
+        refused, factor = progress.refused, progress.rate_factor / 2
+        self.hooks.roll_back()
+        progress.refused, progress.rate_factor = refused, factor
+        self.hooks.on_note(
+            f"update {step} was not finite: back to update {progress.step}, at {factor:g} times the rate"
+        )
+
+    def _account(self, result: StepResult) -> None:
+        """Count an update, warn of what looks wrong, and write the log line that is due."""
+        plan, progress = self.plan, self.progress
+        progress.see(result.loss, result.grad_norm, result.tokens)
+        self.hooks.on_step(progress.step, result.loss)
+        for warning in self._watch.see(progress.step, result.loss):
+            self.hooks.on_note(warning)
+        due = progress.step % plan.logging_steps == 0 or progress.step == plan.steps
+        if due or (plan.log_first and progress.step == 1):
+            entry = progress.log_entry(plan.steps, plan.updates_per_epoch)
+            entry["learning_rate"] = plan.schedule.rate(progress.step - 1) * progress.rate_factor
+            self.hooks.on_log(entry | {"memory_gb": hardware.memory_used() / 1e9})
+
+    def _evaluate(self) -> None:
+        """Score the held-out rows if that is due and not done yet; end a run that stands still."""
+        plan, progress = self.plan, self.progress
+        step = progress.step
+        due = plan.eval_steps and step % plan.eval_steps == 0 and step >= plan.first_eval
+        if not due or step in (0, progress.evaluated):
+            return
+        value = self.hooks.evaluate(step)
+        progress.evaluated = step
+        if value is None:
+            return
+        sign = -1 if plan.higher_is_better else 1
+        if math.isfinite(value) and (progress.best is None or sign * value < sign * progress.best):
+            progress.best, progress.best_step, progress.waited = value, step, 0
+        else:
+            progress.waited += 1
+            if plan.patience is not None and progress.waited >= plan.patience:
+                progress.ended = f"no better value for {progress.waited} evaluations"
+                self.hooks.on_note(f"stopping at update {step}: {progress.ended}, best at {progress.best_step}")
+
+    def _save_if_due(self) -> None:
+        """A checkpoint by the plan, of a new best, on request, or that is still owed."""
+        plan, progress = self.plan, self.progress
+        step, last = progress.step, progress.step == plan.steps or progress.ended is not None
+        due = plan.save_steps is not None and (step % plan.save_steps == 0 or last)
+        due |= plan.keep_best and progress.evaluated == progress.best_step == step
+        due |= self.strategy.world.any(self.stop.take_save()) or step == self._owed
+        if not due:
+            return
+        try:
+            self.hooks.save()
+            self._owed = None
+        except StorageError as error:
+            if plan.on_save_error == "stop":
+                raise
+            self._owed = step + _RETRY
+            self.hooks.on_note(f"ALARM: no checkpoint of update {step}: {error.message}; trying again later")

@@ -1,31 +1,33 @@
 """A training run, told on one page: configuration in, adapter and evidence out.
 
-load → resolve → check the folder → build → (evaluate the base) → fit → save → evaluate → report
+load → resolve → lock the folder → find what to go on from → build → (evaluate the base) → fit → save → evaluate
+→ report
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lorakit.adapters.attach import rank_allocator
-from lorakit.checkpoint.manager import LoRAManager
-from lorakit.checkpoint.peft_format import save_adapter
+from lorakit.checkpoint.resume import Source, check_facts, check_settings, find_source
 from lorakit.config.load import load, load_mapping
-from lorakit.config.resolve import resolve
-from lorakit.errors import Interrupted, ModelError
-from lorakit.evals.evaluate import Evaluation, evaluate
-from lorakit.evals.objective import batching
+from lorakit.config.resolve import Resolved, resolve
+from lorakit.errors import Interrupted
+from lorakit.evals.evaluate import Evaluation
 from lorakit.log import MetricsFile, logger
-from lorakit.training.display import Display, make_display
+from lorakit.optim.check import check_numbers
+from lorakit.parallel.world import World, check_same_everywhere, join
+from lorakit.report.trackers import check_trackers, open_trackers
+from lorakit.training.engine import identity, share_work
 from lorakit.training.folder import RunFolder
-from lorakit.training.job import Job, build
-from lorakit.training.loop import Hooks, fit
-from lorakit.training.optim import adamw
-from lorakit.training.record import describe, fingerprint, publish
+from lorakit.training.job import build
+from lorakit.training.record import finished_record
+from lorakit.training.run import Run, tracked
+from lorakit.training.signals import Stopped, StopRequest
 
 
 @dataclass(frozen=True)
@@ -39,107 +41,115 @@ class RunResult:
     after: Evaluation | None
 
 
-def train(config: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> RunResult:
+def train(
+    config: str | Path | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    *,
+    resume: str | Path | bool = False,
+    allow_changes: Sequence[str] = (),
+) -> RunResult:
     """Train one adapter as a YAML file, or a mapping of the same keys, says.
 
     Args:
         config: path of the file, or the keys themselves (paths relative to the current directory).
         overrides: ``key=value`` texts that win over ``config``.
+        resume: a checkpoint to go on from, or True for the newest good one of ``output_dir``, if there is one;
+            wins over ``resume_from_checkpoint``.
+        allow_changes: keys that may differ from the checkpoint's although they change what is trained.
 
     Raises:
-        ConfigError, DataError, ModelError, ConflictError, DivergedError, StorageError: see `lorakit.errors`.
-        Interrupted: stopped by a signal; the adapter as it was then is saved.
+        ConfigError, DataError, ModelError, ConflictError, DivergedError, StorageError, MemoryLimitError: see
+            `lorakit.errors`.
+        Interrupted: stopped by a signal; the state as it was then is saved.
     """
-    started = time.time()
+    settings = _settings(config, overrides)
+    wanted = settings.resume_from_checkpoint
+    if resume:
+        wanted = True if resume is True else str(Path(resume).absolute())
+    with StopRequest() as stop, join(settings.ddp_timeout) as world:
+        try:
+            return _train(settings, wanted, allow_changes, world, stop)
+        except Stopped as stopped:
+            raise Interrupted(
+                "stopped before the first update: there is nothing to save", signum=stopped.signum
+            ) from None
+
+
+def _settings(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Resolved:
     if isinstance(config, Mapping):
         settings = resolve(load_mapping(config, Path.cwd(), overrides))
     else:
         settings = resolve(load(config, overrides))
+    check_numbers(settings)
+    check_trackers(settings.report_to)
     for warning in settings.warnings:
         logger.warning("warning: %s", warning)
-    folder, overwrite = RunFolder(Path(settings.output_dir)), settings.overwrite_output_dir
-    folder.check(overwrite=overwrite)
-    job = build(settings)
-    folder.begin(settings.to_yaml(), overwrite=overwrite)
-    with MetricsFile(folder.metrics) as metrics:
-        before = _evaluate(job, metrics, step=0, wanted=settings.eval_on_start)
-        base = fingerprint(job.model)
-        stopped = _fit(job, folder, metrics)
-        _save(job, folder.adapter)
-        if fingerprint(job.model) != base:
-            raise ModelError("training changed the base weights: the adapter cannot be trusted")
-        wanted = settings.do_eval and stopped is None
-        after = _evaluate(job, metrics, step=job.plan.steps, wanted=wanted)
-    status = "finished" if stopped is None else "interrupted"
-    report = publish(folder, describe(job, before, after, started=started, status=status))
-    if stopped is not None:
-        raise Interrupted(f"stopped by signal {stopped}; the adapter is in {folder.adapter}", signum=stopped)
-    return RunResult(folder.path, folder.adapter, report, before, after)
+    return settings
 
 
-def _fit(job: Job, folder: RunFolder, metrics: MetricsFile) -> int | None:
-    """Train; returns the signal that stopped it, if one did."""
-    settings, plan = job.settings, job.plan
-    optimizer = adamw(
-        job.model,
-        rate=plan.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay,
-        ratio=settings.loraplus_lr_ratio,
-    )
-    budget = rank_allocator(job.model) if settings.use_adalora else None
-    with batching(job.model, job.tokenizer, job.rows) as collate, make_display(plan.steps) as display:
-        return fit(
-            job.model,
-            job.rows,
-            optimizer,
-            plan,
-            collate=collate,
-            hooks=Hooks(
-                on_step=display.advance,
-                on_log=lambda entry: _log(entry, metrics, display),
-                on_save=lambda step: _save(job, folder.checkpoint(step)),
-            ),
-            budget=budget,
-        )
+def _train(
+    settings: Resolved, wanted: str | bool | None, allowed: Sequence[str], world: World, stop: StopRequest
+) -> RunResult:
+    started, folder = time.time(), RunFolder(Path(settings.output_dir))
+    with folder.lock() if world.first else contextlib.nullcontext():
+        source = find_source(folder.path, wanted)
+        if source is not None:
+            source = check_settings(source, settings, allowed)
+        # What a run left that was killed before its first checkpoint is nobody's result.
+        overwrite = settings.overwrite_output_dir or (wanted is True and not folder.has_weights())
+        here = source is not None and source.path.parent == folder.path
+        if source is not None and here and (result := _finished(folder, source)):
+            return result
+        if world.first and not here:
+            folder.check(overwrite=overwrite)
+        job = build(settings, world.size, stop.poll, source.batch if source else None)
+        check_same_everywhere(world, identity(settings, job.facts()))
+        if source is not None:
+            source = check_facts(source, job.facts(), allowed)
+        if world.first:
+            if source is not None and here:
+                folder.go_on(settings.to_yaml(), source.step, source.values["metrics_bytes"])
+            else:
+                folder.begin(settings.to_yaml(), overwrite=overwrite)
+        world.wait()
+        with (
+            MetricsFile(folder.metrics if world.first else None) as metrics,
+            open_trackers(settings.report_to if world.first else (), tracked(job, folder, source)) as trackers,
+        ):
+            strategy = share_work(settings, job.model, world)
+            return _finish(Run(job, folder, metrics, trackers, strategy, stop), source, started)
 
 
-def _log(entry: dict[str, Any], metrics: MetricsFile, display: Display) -> None:
-    metrics.write("train", **entry)
-    display.log(entry)
-
-
-def _save(job: Job, path: Path) -> None:
-    save_adapter(
-        job.model,
-        path,
-        base_model=job.settings.model_name_or_path,
-        revision=job.settings.model_revision,
-        notes={
-            "system": job.system,
-            "template": job.template.notes(),
-            "text": job.text,
-        },
-        texts=job.template.files(),
-    )
-
-
-def _evaluate(job: Job, metrics: MetricsFile, *, step: int, wanted: bool) -> Evaluation | None:
-    """Score the held-out rows with whatever the model is now, adapters merged for speed."""
-    if not wanted or job.held_out is None:
+def _finished(folder: RunFolder, source: Source) -> RunResult | None:
+    """The result of a run that has come to its end already, at ``source``, if nothing was changed since."""
+    record = finished_record(folder, source.step)
+    if record is None or source.changed:
         return None
-    settings, manager = job.settings, LoRAManager(job.model)
-    start, what = time.monotonic(), "adapter" if step else "base model"
-    manager.merge_lora_weights()
-    evaluation = evaluate(
-        job.model,
-        job.tokenizer,
-        job.held_out,
-        batch_size=settings.per_device_eval_batch_size,
-        max_new_tokens=settings.max_new_tokens if settings.predict_with_generate else None,
-        on_batch=lambda done, total: logger.info("evaluating the %s: %d/%d rows", what, done, total),
-    )
-    manager.unmerge_lora_weights()
-    metrics.write("eval", step=step, seconds=time.monotonic() - start, **evaluation.scores())
-    return evaluation
+    logger.info("the run is finished already, after %d updates: nothing to do", source.step)
+    before, after = (each and Evaluation.from_json(each) for each in record["scores"])
+    return RunResult(folder.path, folder.result(), folder.report, before, after)
+
+
+def _finish(run: Run, source: Source | None, started: float) -> RunResult:
+    settings, folder = run.job.settings, run.folder
+    if source is not None:
+        run.go_on(source)
+    elif settings.eval_on_start:
+        run.before = run.evaluate(step=0)
+    after = None
+    try:
+        run.fit()
+        run.take_best()
+        run.save_result()
+        after = run.evaluate(step=run.progress.step) if settings.do_eval else None
+    except Stopped as stopped:
+        run.save_result()
+        run.publish(after, started, "interrupted")
+        raise Interrupted(
+            f"stopped by signal {stopped.signum}; update {run.progress.step} is saved in {folder.path}",
+            signum=stopped.signum,
+            remedy="go on with `lorakit train CONFIG --resume auto`",
+        ) from None
+    run.check_base()
+    report = run.publish(after, started, "finished")
+    return RunResult(folder.path, run.result(), report, run.before, after)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
+import json
 import shlex
 import sys
 import time
@@ -13,11 +13,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from lorakit import __version__, hardware
-from lorakit.adapters.attach import adapter_layers, carriers, count_parameters
+from lorakit.adapters.attach import adapter_layers, count_parameters
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.evals.evaluate import Evaluation
 from lorakit.files import write_json, write_text
@@ -28,18 +27,6 @@ from lorakit.training.folder import RunFolder
 from lorakit.training.job import Job
 
 _SAMPLES = 10
-
-
-def fingerprint(model: nn.Module) -> str:
-    """sha256 over the bytes of every base tensor, by name; adapters are left out, merging is not undone."""
-    digest = hashlib.sha256()
-    adapters = {id(p) for carrier in carriers(model).values() for p in carrier.adapters.parameters()}
-    for name, parameter in model.named_parameters():
-        if id(parameter) not in adapters:
-            digest.update(name.replace(".base.", ".").encode())
-            flat = parameter.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def describe(
@@ -62,7 +49,7 @@ def describe(
         },
         "adapter": _adapter(job.model),
         "data": {
-            "train": {"files": list(settings.dataset), **asdict(job.data)},
+            "train": {"files": list(settings.dataset), **asdict(job.data), "reading": dict(job.reading)},
             "eval": scored and {"files": list(settings.eval_dataset or ()), **asdict(scored.data)},
         },
         "environment": {
@@ -71,14 +58,27 @@ def describe(
             "peak_memory_gb": round(hardware.memory_peak() / 1e9, 2),
         },
         "samples": _samples(job, before, after),
+        "scores": [scores and {**scores.to_json(), "answers": None} for scores in (before, after)],
         "base_unchanged": True,  # a run whose base changed never gets here
     }
 
 
-def publish(folder: RunFolder, record: dict[str, Any]) -> Path:
-    """Write ``run.json``, the adapter's model card and the report; returns the report's path."""
+def finished_record(folder: RunFolder, step: int) -> dict[str, Any] | None:
+    """The content of ``run.json``, if that run came to its end after `step` updates and the result is there."""
+    try:
+        record: dict[str, Any] = json.loads(folder.record.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    ended = record.get("status") == "finished" and record.get("updates") == step and "scores" in record
+    whole = folder.result().is_dir() and folder.report.is_file()  # the report is written last
+    return record if ended and whole else None
+
+
+def publish(folder: RunFolder, result: Path, record: dict[str, Any]) -> Path:
+    """Write ``run.json``, the result's model card and the report; returns the report's path."""
     write_json(folder.record, record)
-    write_text(folder.adapter / "README.md", model_card(RunRecord.read(folder.path)))
+    if result.is_dir():  # not yet, if a second stage was interrupted
+        write_text(result / "README.md", model_card(RunRecord.read(folder.path)))
     return write_report(folder.path)
 
 
@@ -89,7 +89,7 @@ def _adapter(model: nn.Module) -> dict[str, Any]:
     sizes: Counter[tuple[str, tuple[int, ...]]] = Counter()
     modules: Counter[tuple[str, tuple[int, ...]]] = Counter()
     for path, layer in layers.items():
-        kind = (path.rpartition(".")[2], tuple(layer.weight.shape))
+        kind = (path.rpartition(".")[2], layer.store.shape)
         modules[kind] += 1
         sizes[kind] += sum(p.numel() for p in layer.adapters.parameters())
     return {

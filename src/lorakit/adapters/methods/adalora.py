@@ -9,10 +9,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lorakit.adapters.methods.lora import LoRA
 from lorakit.adapters.methods.method import Adapter, Site
+from lorakit.lowrank.inits import Origin
 
 
 class AdaLoRA(LoRA):
@@ -21,10 +22,10 @@ class AdaLoRA(LoRA):
     name: ClassVar[str] = "adalora"
     additive: ClassVar[bool] = True
 
-    def start(self, layer: Site, adapter: Adapter, generator: Generator | None) -> None:
+    def start(self, layer: Site, adapter: Adapter, origin: Origin) -> None:
         """P and Q normal with standard deviation 0.02, Λ zero."""
         for parameter in (adapter.lora_A, adapter.lora_B):
-            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=generator))
+            parameter.copy_(torch.empty(parameter.shape).normal_(0.0, 0.02, generator=origin.generator))
         adapter.lora_E = nn.Parameter(torch.zeros(adapter.rank, 1, device=adapter.lora_A.device))
 
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:

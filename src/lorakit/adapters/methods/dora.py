@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lorakit.adapters.methods.lora import LoRA
 from lorakit.adapters.methods.method import Adapter, Site
+from lorakit.lowrank.inits import Origin
 
 
 class DoRA(LoRA):
@@ -20,9 +21,9 @@ class DoRA(LoRA):
     name: ClassVar[str] = "dora"
     additive: ClassVar[bool] = False
 
-    def start(self, layer: Site, adapter: Adapter, generator: Generator | None) -> None:
+    def start(self, layer: Site, adapter: Adapter, origin: Origin) -> None:
         """As LoRA, and m [out] is the norm of the weight, so that m/‖·‖ is exactly one."""
-        super().start(layer, adapter, generator)
+        super().start(layer, adapter, origin)
         magnitude = self._norm(layer, super().merged(layer, adapter, layer.dense_weight()))
         adapter.lora_magnitude_vector = nn.Parameter(magnitude)
 

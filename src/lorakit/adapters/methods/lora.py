@@ -6,10 +6,10 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor
+from torch import Tensor
 
 from lorakit.adapters.methods.method import Adapter, Site
-from lorakit.lowrank.inits import Start, find_initialiser
+from lorakit.lowrank.inits import Origin, Start, find_initialiser
 
 
 class LoRA:
@@ -18,21 +18,13 @@ class LoRA:
     name: ClassVar[str] = "lora"
     additive: ClassVar[bool] = True
 
-    def start(self, layer: Site, adapter: Adapter, generator: Generator | None) -> None:
+    def start(self, layer: Site, adapter: Adapter, origin: Origin) -> None:
         """By the adapter's initialiser; drawn on the CPU, so that every device starts alike."""
         initialiser = find_initialiser(adapter.config.init_lora_weights)
         A, B = torch.zeros(adapter.lora_A.shape), torch.zeros(adapter.lora_B.shape)
-        W = layer.store.read()
-        initialiser.fill(
-            Start(
-                A.flatten(1),
-                B.flatten(1),
-                lambda: layer.host.matrix(W.detach().float()),
-                layer.host.fan_in(A),
-                adapter.scaling,
-                generator,
-            )
-        )
+        W = lambda: layer.host.matrix(layer.dense_weight().float())  # noqa: E731
+        fan_in = layer.host.fan_in(A)
+        initialiser.fill(Start(A.flatten(1), B.flatten(1), W, fan_in, adapter.scaling, origin))
         adapter.lora_A.copy_(A)
         adapter.lora_B.copy_(B)
         if initialiser.anchored:

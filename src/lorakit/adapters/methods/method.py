@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from lorakit.adapters.hosts import Host
 from lorakit.adapters.spec import LoRAConfig
-from lorakit.quant.store import Store
+from lorakit.lowrank.inits import Origin
 
 
 class Site(Protocol):
@@ -17,7 +17,6 @@ class Site(Protocol):
 
     base: nn.Module
     host: Host
-    store: Store
 
     def dense_weight(self) -> Tensor:
         """The base's weight as numbers to calculate with: detached, in float32 or better."""
@@ -76,7 +75,7 @@ class Method(Protocol):
     name: ClassVar[str]
     additive: ClassVar[bool]  # y + s · up(down(x)) and nothing else: it can be fused, summed and combined
 
-    def start(self, layer: Site, adapter: Adapter, generator: Generator | None) -> None:
+    def start(self, layer: Site, adapter: Adapter, origin: Origin) -> None:
         """Fill the adapter's tensors; the layer's function stays the base's."""
         ...
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -54,17 +54,48 @@ def total_steps(per_epoch: int, *, epochs: float, max_steps: int | None) -> int:
     return max(math.ceil(epochs * per_epoch), 1)
 
 
-def updates(lengths: Sequence[int], grouping: Grouping, steps: int, seed: int) -> Iterator[list[list[int]]]:
-    """The micro-batches of each of ``steps`` updates: every epoch sees every row once, in a fresh order."""
-    done = epoch = 0
-    while done < steps:
-        batches = grouping.epoch(lengths, seed, epoch)
-        for start in range(0, len(batches), grouping.accumulation):
-            if done == steps:
-                return
-            yield batches[start : start + grouping.accumulation]
-            done += 1
-        epoch += 1
+class Order:
+    """The micro-batches of every update: each epoch sees every row once, in a fresh order."""
+
+    def __init__(self, lengths: Sequence[int], grouping: Grouping, seed: int) -> None:
+        self._lengths, self._grouping, self._seed = lengths, grouping, seed
+        self._epoch = 0
+        self._batches = grouping.epoch(lengths, seed, 0)
+        self._per_epoch = math.ceil(len(self._batches) / grouping.accumulation)
+
+    def update(self, step: int) -> list[list[int]]:
+        """The rows of update ``step`` (from 1), micro-batch by micro-batch."""
+        epoch, place = divmod(step - 1, self._per_epoch)
+        if epoch != self._epoch:
+            self._batches = self._grouping.epoch(self._lengths, self._seed, epoch)
+            self._epoch = epoch
+        start = place * self._grouping.accumulation
+        return self._batches[start : start + self._grouping.accumulation]
+
+    def largest(self) -> list[int]:
+        """The micro-batch of the present epoch that takes the most memory: its tokens, padding counted."""
+        packed = self._grouping.capacity is not None
+
+        def tokens(group: Sequence[int]) -> int:
+            lengths = [int(self._lengths[i]) for i in group]
+            return sum(lengths) if packed else max(lengths) * len(lengths)
+
+        return max(self._batches, key=tokens)
+
+
+def spread(groups: Sequence[Sequence[int]], ranks: int) -> list[list[Sequence[int]]]:
+    """The micro-batches of each rank, in turns; a rank may have one less than another, or none."""
+    return [list(groups[rank::ranks]) for rank in range(ranks)]
+
+
+def divide(groups: Sequence[Sequence[int]], parts: int) -> list[list[int]]:
+    """Each micro-batch cut into up to ``parts`` of nearly equal numbers of rows."""
+    return [
+        list(group[i * len(group) // parts : (i + 1) * len(group) // parts])
+        for group in groups
+        for i in range(parts)
+        if i * len(group) // parts < (i + 1) * len(group) // parts
+    ]
 
 
 def epoch_order(rows: int, seed: int, epoch: int) -> tuple[int, ...]:

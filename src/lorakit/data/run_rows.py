@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from lorakit.config.resolve import Resolved
 from lorakit.data.cache import describe_files
+from lorakit.data.configured import data_sets, held_out_samples, training_stream
 from lorakit.data.mix import split_rows
 from lorakit.data.prepare import CacheUse, Encoder, Prepared, prepare
 from lorakit.data.reading import DataSet
 from lorakit.data.sample import Sample
 from lorakit.data.sources import REGISTRY
 from lorakit.log import logger
-from lorakit.training.reading import data_sets, held_out_samples, training_stream
 
 _SILENCE = 10.0  # seconds between two lines about the progress
 
@@ -34,8 +34,10 @@ class RunRows:
     held_out: list[Sample]
 
 
-def run_rows(settings: Resolved, encoder: Encoder) -> RunRows:
+def run_rows(settings: Resolved, encoder: Encoder, poll: Callable[[], None] = lambda: None) -> RunRows:
     """Read and encode what the configuration names. Files whose rows are in the cache are not parsed again.
+
+    ``poll`` is called after every part; what it raises leaves no half-written cache.
 
     Raises:
         DataError: naming the file, the row and the rule it breaks.
@@ -57,13 +59,18 @@ def run_rows(settings: Resolved, encoder: Encoder) -> RunRows:
         workers=settings.preprocessing_num_workers,
     )
     with _Display(count) as display:
+
+        def advance(rows: int, tokens: int) -> None:
+            display.advance(rows, tokens)
+            poll()
+
         training = prepare(
             encoder,
             samples,
             _description(settings, sets),
             use,
             facts=lambda: asdict(stream.counts),
-            advance=display.advance,
+            advance=advance,
         )
     if not training.fresh:
         logger.info("%d encoded rows are in the cache", training.data.rows)

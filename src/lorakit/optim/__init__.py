@@ -1,0 +1,1 @@
+"""What moves the weights: optimizers and schedules of the learning rate."""
