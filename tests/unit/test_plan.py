@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -31,6 +32,7 @@ from lorakit.planning.adapters import file_bytes, lora_parameters, numbers, trai
 from lorakit.planning.deploy import deployments
 from lorakit.planning.fit import fit, parse_size
 from lorakit.planning.memory import memory, optimizer_bytes, quantised_bytes
+from lorakit.planning.plan import Plan
 from lorakit.planning.setup import PACKABLE, Setup
 from lorakit.planning.time import find_rates, pass_flops
 from lorakit.planning.time import time as time_of
@@ -483,6 +485,81 @@ def test_configuration_and_what_wins_over_it(tmp_path: Path) -> None:
     assert lorakit.plan(path, model="gpt2", targets="all").facts.family == "gpt2"
 
 
+OWN = {"model_name_or_path": "llama-3.2-1b", "dataset": "rows.jsonl", "output_dir": "run", "cutoff_len": 512}
+
+
+def planned(**values: Any) -> Plan:
+    return lorakit.plan({**OWN, **values}, device="cuda")
+
+
+def test_quantisation_keys_are_read() -> None:
+    plain = planned(quantization_bit=4)
+    assert (plain.setup.bits, plain.setup.double, plain.setup.dense) == (4, True, ())
+    assert planned(load_in_8bit=True).setup.bits == 8
+    wide = planned(use_qlora=True, bnb_4bit_use_double_quant=False, llm_int8_skip_modules="down_proj,q_proj")
+    assert (wide.setup.double, wide.setup.dense) == (False, ("down_proj", "q_proj"))
+    kept = sum(m.count * m.size for m in wide.facts.modules if m.path.endswith(("down_proj", "q_proj")))
+    single = planned(quantization_bit=4, double_quantization=False)
+    codes, constants = kept // 2, 4 * kept // 64
+    assert wide.memory.weights - single.memory.weights == wide.setup.width * kept - codes
+    assert single.memory.constants - wide.memory.constants == constants
+
+
+def test_checkpointing_keys_are_read() -> None:
+    every = [planned(gradient_checkpointing=True, gradient_checkpointing_every=n) for n in (1, 2, 4)]
+    totals = [each.memory.total for each in every]
+    assert totals == sorted(totals)
+    assert totals[-1] < planned().memory.total
+    assert planned(disable_gradient_checkpointing=False).memory.total == totals[0]
+    away = planned(gradient_checkpointing=True, offload_activations=True)
+    inputs = 16 * 512 * 2048 * every[0].setup.width
+    assert every[0].memory.activations - away.memory.activations == inputs
+
+
+def test_optimizer_keys_are_read() -> None:
+    plain = planned(lora_rank=64)
+    assert planned(lora_rank=64, optim="paged_adamw_8bit").memory.optimizer < 0.3 * plain.memory.optimizer
+    assert planned(lora_rank=64, optim="adamw_bnb_8bit").setup.optimizer == "adamw_bnb_8bit"
+    assert planned(lora_rank=64, optim="sgd").memory.optimizer == 0
+    assert plain.memory.optimizer > 0 == planned(lora_rank=64, offload_optimizer=True).memory.optimizer
+
+
+def test_a_second_stage_trains_the_base() -> None:
+    found = planned(unfreeze_after=0.5, additional_target="lm_head")
+    n, r = found.facts.parameters, planned().trainable
+    assert found.setup.bits == 32
+    assert found.memory.gradients == 4 * (n + r)
+    assert found.memory.optimizer == 8 * (n + r)
+    assert any("second stage" in note for note in found.notes)
+
+
+def test_strategies_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}))
+    for values, strategy in (
+        ({}, "ddp"), ({"fsdp": "full_shard auto_wrap"}, "fsdp"), ({"deepspeed": str(file)}, "zero2"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "zero3"),
+    ):  # fmt: skip
+        alone = lorakit.plan({**OWN, **values})
+        assert (alone.setup.strategy, alone.setup.ranks) == ("one", 1)
+        assert any(strategy in note for note in alone.notes) == bool(values)
+        assert lorakit.plan({**OWN, **values}, ranks=4).setup.strategy == strategy
+    assert lorakit.plan({**OWN, "deepspeed": str(file)}).setup.offload_optimizer
+    assert lorakit.plan(model="gpt2", ranks=2).setup.strategy == "ddp"
+    file.write_text('{"zero_optimization": {"stage": 5}}')
+    with pytest.raises(UsageError, match="deepspeed: cannot read"):
+        lorakit.plan({**OWN, "deepspeed": str(file)})
+
+
+def test_batches_by_tokens_and_rows_joined() -> None:
+    by_tokens = planned(max_tokens_per_batch=2048)
+    assert (by_tokens.setup.batch, by_tokens.setup.length) == (4, 512)
+    assert (
+        planned(packing=True).memory == planned().memory
+    )  # of rows as long as the sequence: the most it takes
+    assert planned(lora_target="attention").by_target.keys() == set(QKVO)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -549,6 +626,27 @@ def test_no_torch_and_no_waiting() -> None:
         assert (status, loaded) == ("0", "set()"), done.stderr
         seconds.append(float(used))
     assert min(seconds) < 0.5  # processor time: this machine may be busy
+
+
+def test_a_configuration_is_planned_without_torch_at_once(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    code = (
+        "import sys, time; from lorakit.cli.main import main\n"
+        "status = main(['plan', sys.argv[1], '--fit', '16GB'])\n"
+        "loaded = {'torch', 'transformers', 'numpy', 'matplotlib'} & sys.modules.keys()\n"
+        "print(status, loaded, time.process_time(), file=sys.stderr)"
+    )
+    # As installed: with compiled files, which the first of the runs writes.
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)
+    seconds = []
+    for _ in range(5):
+        command = [sys.executable, "-c", code, str(tmp_path / "c.yaml")]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+        status, loaded, used = done.stderr.splitlines()[-1].split(" ")
+        assert (status, loaded) == ("0", "set()"), done.stderr
+        seconds.append(float(used))
+    assert min(seconds) < 0.5
 
 
 def test_a_model_that_is_not_there() -> None:

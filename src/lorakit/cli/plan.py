@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from lorakit.cli.show import emit, table
+from lorakit.patterns import is_expression
 
 if TYPE_CHECKING:
     from lorakit.planning.plan import Plan
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 @click.option("--dropout", type=float, help="Of the adapters' inputs.")
 @click.option("--checkpointing/--no-checkpointing", default=None, help="Recompute activations.")
 @click.option("--optimizer", help="As the key optim.")
-@click.option("--strategy", type=click.Choice(["one", "ddp", "zero1", "zero2", "zero3", "fsdp"]))
-@click.option("--ranks", type=int, help="Devices that share the work by the strategy.")
+@click.option("--strategy", type=click.Choice(["one", "ddp", "zero1", "zero2", "zero3", "fsdp"]),
+              help="How devices share the work; ddp, or what CONFIG says, if left out.")  # fmt: skip
+@click.option("--ranks", type=int, help="Devices that share the work.")
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="Where it runs; here, if left out.")
 @click.option("--fit", "limit", metavar="SIZE", help="Search what fits into SIZE, such as 16GB.")
 @click.option("--gflops", type=float, help="Rate of matrix products, if it was not measured.")
@@ -74,6 +76,9 @@ def _text(found: Plan) -> str:
     parts.append(_titled("who loads the adapter", programs))
     if found.fit:
         parts.append(_fit(found))
+    if found.advice:
+        lines = [(each.setting, each.reason, f"[{each.source}]") for each in found.advice]
+        parts.append(_titled("outside of what is usual", lines))
     return "\n\n".join([*parts, *([table([("note:", note) for note in found.notes])] if found.notes else [])])
 
 
@@ -83,7 +88,8 @@ def _model(found: Plan) -> str:
     rows.append(("parameters", f"{facts.parameters:,}"))
     if facts.active_parameters != facts.parameters:
         rows.append(("met by one token", f"{facts.active_parameters:,}"))
-    rank = "" if setup.method == "full" else f", rank {setup.rank}, on {', '.join(setup.targets)}"
+    named = found.by_target if any(map(is_expression, setup.targets)) else setup.targets
+    rank = "" if setup.method == "full" else f", rank {setup.rank}, on {', '.join(named)}"
     rows.append(("trained", f"{setup.method}{rank}"))
     rows.append(("trainable", f"{found.trainable:,} ({found.percent:.3g} %, one of {found.reduction:.0f})"))
     if found.by_target:

@@ -43,8 +43,14 @@ def find_facts(name: str, revision: str | None = None) -> ModelFacts:
         return gguf_facts(path)
     if path.suffix == ".safetensors":
         return facts_from(file_shapes(path), name, str(path))
-    folder = path if _is_folder(path) else _in_hub_cache(name, revision)
+    folder = local_folder(name, revision)
     return _of_folder(folder, name) if folder else _by_name(name, path, revision)
+
+
+def local_folder(name: str, revision: str | None = None) -> Path | None:
+    """The folder of a model that is here: one of that path, or a hub model's in the local cache."""
+    path = Path(name).expanduser()
+    return path if _is_folder(path) else _in_hub_cache(name, revision)
 
 
 def _by_name(name: str, path: Path, revision: str | None) -> ModelFacts:

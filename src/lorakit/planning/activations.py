@@ -54,9 +54,14 @@ def activations(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) ->
     ends = _norm(blocks, setup)  # the last norm; the first keeps nothing, as nothing before it trains
     passing = _passing(facts, setup)
     if setup.checkpointing:
-        inputs = setup.width * setup.tokens * blocks.hidden * blocks.layers
-        return Activations(inputs + ends, block + passing, _logits(facts, setup))
-    first = 0 if setup.method == "full" else _norm(blocks, setup)
+        again = -(-blocks.layers // setup.every)
+        inputs = setup.width * setup.tokens * blocks.hidden * again
+        if setup.offload_activations and setup.device == "cuda":
+            inputs = 0
+        return Activations(
+            inputs + (blocks.layers - again) * block + ends, block + passing, _logits(facts, setup)
+        )
+    first = 0 if setup.trains_base else _norm(blocks, setup)
     return Activations(blocks.layers * block + ends - first, passing, _logits(facts, setup))
 
 
@@ -77,7 +82,7 @@ def _kept_by_block(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted])
 
 def _norm(blocks: Blocks, setup: Setup) -> int:
     width = _FLOAT32 if blocks.norm == "rms" else setup.width
-    if setup.method == "full":
+    if setup.trains_base:
         width += setup.width
     return width * setup.tokens * blocks.hidden
 
@@ -111,9 +116,10 @@ def _feed_forward(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
 def _inputs(facts: ModelFacts, blocks: Blocks, setup: Setup, chosen: Collection[Adapted]) -> int:
     """What all adapted layers, or all layers that train, keep of their inputs."""
     tokens, width = setup.tokens, setup.width
-    if setup.method == "full":
+    if setup.trains_base:
         inner = blocks.hidden + blocks.heads * blocks.head_dim + blocks.hidden + blocks.inner
-        return width * tokens * inner * blocks.layers
+        own = sum(each.count * width * tokens * each.rank for each in chosen)
+        return width * tokens * inner * blocks.layers + own
     fused = setup.method != "dora" and not setup.dropout
     inputs: dict[str, int] = {}
     total = 0

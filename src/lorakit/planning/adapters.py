@@ -67,6 +67,8 @@ def _chosen(
         chosen = {path for path, m in modules.items() if m.kind == "linear" and path != facts.head}
     else:
         chosen = _matches(modules, targets, "target")
+        if any(map(is_expression, targets)):  # which runs over modules alone: experts are parameters of one
+            chosen = {path for path in chosen if modules[path].kind != "experts"}
     for names, key in ((exclude, "exclude_modules"), (whole, "modules_to_save")):
         chosen -= _matches(modules, names, key)
     kept = [path for path in modules if path in chosen and _in_layers(path, layers)]

@@ -108,7 +108,7 @@ def _changes(setup: Setup) -> list[tuple[str, str, Setup]]:
         passes = setup.accumulation * setup.batch
         line = f"per_device_train_batch_size: 1, gradient_accumulation_steps: {passes}"
         changes.append(("one sequence at a time", line, replace(setup, batch=1, accumulation=passes)))
-    if setup.method != "full":
+    if not setup.trains_base:
         for bits in (8, 4):
             if setup.bits > bits:
                 line = f"quantization_bit: {bits}"

@@ -22,6 +22,7 @@ and why 16-bit weights decide for most models (4-bit ones, and activations, afte
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -95,7 +96,8 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
     base = base_bytes(facts, setup)
     held, moved = numbers(chosen, setup)
     extra = copied(facts, setup)
-    trained = facts.parameters if setup.method == "full" else moved + extra
+    # In a second stage the copies of modules that trained whole are the model's own.
+    trained = (facts.parameters if setup.trains_base else extra) + moved
     width = setup.bits // 8 if setup.method == "full" else _FLOAT32
     sizes = {
         "weights": base.weights,
@@ -114,6 +116,8 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
     passed = made.kept + max(made.passing, made.logits)
     if setup.accumulation == 1:  # gradients take the place of activations, and are gone before the next pass
         sizes["gradients"] = max(0, sizes["gradients"] - passed)
+    if setup.offload_optimizer and setup.device == "cuda":  # so does its state, in the step alone
+        sizes["optimizer"] = max(0, sizes["optimizer"] - passed)
     return Memory(
         **sizes,
         activations=made.kept + (made.passing if in_block else 0),
@@ -141,7 +145,7 @@ def base_bytes(facts: ModelFacts, setup: Setup) -> Base:
     for module in facts.modules:
         if module.shared:
             continue
-        if setup.bits < 16 and _quantised(module, facts):
+        if setup.bits < 16 and _quantised(module, facts, setup):
             codes, own = quantised_bytes(module, setup)
             weights += module.count * (codes + width * module.extra)
             constants += module.count * own
@@ -165,16 +169,17 @@ def optimizer_bytes(setup: Setup, shapes: Sequence[tuple[int, ...]], width: int)
     if setup.optimizer == "sgd":
         return 0
     total = 0
-    for shape in shapes:
+    for shape, count in Counter(shapes).items():
         n = math.prod(shape)
         if setup.optimizer == "adafactor":
-            total += _FLOAT32 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
+            own = _FLOAT32 * (n if len(shape) < 2 else n // shape[-1] + n // shape[-2])
         elif setup.optimizer.endswith("8bit") and n >= _EIGHT_BIT_FROM:
-            total += 2 * n + 2 * _FLOAT32 * -(-n // _CONSTANTS_BLOCK)
+            own = 2 * n + 2 * _FLOAT32 * -(-n // _CONSTANTS_BLOCK)
         else:
-            total += 2 * n * (_FLOAT32 if "bit" in setup.optimizer else width)
-    if setup.method == "adalora":  # the sensitivity of each number and its spread
-        total += 2 * _FLOAT32 * sum(math.prod(shape) for shape in shapes)
+            own = 2 * n * (_FLOAT32 if "bit" in setup.optimizer else width)
+        if setup.method == "adalora":  # the sensitivity of each number and its spread
+            own += 2 * _FLOAT32 * n
+        total += count * own
     return total
 
 
@@ -195,26 +200,26 @@ def adapter_file(facts: ModelFacts, setup: Setup) -> int:
     return facts.parameters * setup.bits // 8 if setup.method == "full" else file_bytes(facts, setup)
 
 
-def _quantised(module: Module, facts: ModelFacts) -> bool:
-    return module.kind == "linear" and module.path != facts.head
+def _quantised(module: Module, facts: ModelFacts, setup: Setup) -> bool:
+    named = any(module.path == name or module.path.endswith(f".{name}") for name in setup.dense)
+    return module.kind == "linear" and module.path != facts.head and not named
 
 
 def _trained_shapes(facts: ModelFacts, setup: Setup, chosen: Sequence[Adapted]) -> list[tuple[int, ...]]:
     """Of every tensor that trains."""
     shapes: list[tuple[int, ...]] = []
-    if setup.method == "full":
+    if setup.trains_base:
         for module in facts.modules:
             if not module.shared:
                 shapes += [module.shape] * module.count + [(module.extra,)] * (
                     module.count if module.extra else 0
                 )
-        return shapes
     for each in chosen:
         out, features = each.module.matrix
         own = [(out, each.rank)] if setup.frozen_a else [(each.rank, features), (out, each.rank)]
         more: dict[str, list[tuple[int, ...]]] = {"dora": [(out,)], "adalora": [(each.rank, 1)]}
         shapes += each.count * [*own, *more.get(setup.method, [])]
-    if extra := copied(facts, setup):
+    if not setup.trains_base and (extra := copied(facts, setup)):
         shapes.append((extra,))
     return shapes
 

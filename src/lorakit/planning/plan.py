@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,10 +14,11 @@ from lorakit.modelinfo.facts import ModelFacts
 from lorakit.modelinfo.find import find_facts
 from lorakit.patterns import block_numbers, parse_names
 from lorakit.planning.adapters import by_target, trainable
+from lorakit.planning.advise import Advice, review
 from lorakit.planning.deploy import Deployment, deployments
 from lorakit.planning.fit import Fit, fit, parse_size
 from lorakit.planning.memory import Memory, adapter_file, loading_bytes, memory
-from lorakit.planning.setup import Setup, setup_of
+from lorakit.planning.setup import Setup, setup_of, strategy_of
 from lorakit.planning.time import Time, find_rates, time
 from lorakit.planning.waterfall import Step, waterfall
 
@@ -43,6 +44,7 @@ class Plan:
         deployments: which programs load the adapter.
         fit: what fits into the limit that was asked for.
         notes: what the numbers rest on.
+        advice: where the configuration is outside of what the guides give.
     """
 
     facts: ModelFacts
@@ -60,6 +62,7 @@ class Plan:
     deployments: tuple[Deployment, ...]
     fit: Fit | None
     notes: tuple[str, ...]
+    advice: tuple[Advice, ...] = ()
 
     @property
     def percent(self) -> float:
@@ -105,6 +108,7 @@ class Plan:
             "deployments": [asdict(each) for each in self.deployments],
             "fit": asdict(self.fit) if self.fit else None,
             "notes": list(self.notes),
+            "advice": [asdict(each) for each in self.advice],
         }
 
 
@@ -136,17 +140,26 @@ def plan(
     """
     if config is None and model is None:
         raise UsageError("there is nothing to plan", remedy="give a configuration, or model='llama-3-8b'")
-    setup, revision, updates = Setup(device=hardware.device()), None, None
+    setup, resolved = Setup(device=hardware.device()), None
     if config is not None:
         resolved = _resolved(config, overrides)
         setup = replace(setup_of(resolved), device=hardware.device())
-        updates = resolved.max_steps
-        if model is None:
-            model, revision = resolved.model_name_or_path, resolved.model_revision
-    assert model is not None
-    facts = find_facts(model, revision)
-    setup = _changed(setup, settings, facts)
-    return make_plan(facts, setup, limit=_bytes(limit), gflops=gflops, updates=updates)
+    if model is not None:
+        facts = find_facts(model)
+    else:
+        assert resolved is not None
+        facts = find_facts(resolved.model_name_or_path, resolved.model_revision)
+    if settings.get("ranks", 1) != 1:
+        settings = {"strategy": strategy_of(resolved) if resolved else "ddp", **settings}
+    found = make_plan(facts, _changed(setup, settings, facts), limit=_bytes(limit), gflops=gflops)
+    if resolved is None:
+        return found
+    return replace(
+        found,
+        updates=resolved.max_steps,
+        notes=(*found.notes, *_told(resolved, found.setup)),
+        advice=review(facts, found.setup, resolved.learning_rate),
+    )
 
 
 def make_plan(
@@ -155,7 +168,6 @@ def make_plan(
     *,
     limit: int | None = None,
     gflops: float | None = None,
-    updates: int | None = None,
 ) -> Plan:
     """The plan for a model and a setup; see `plan`."""
     totals = [memory(facts, replace(setup, checkpointing=on)).total for on in (False, True)]
@@ -170,7 +182,7 @@ def make_plan(
         with_checkpointing=totals[1],
         adapter_bytes=adapter_file(facts, setup),
         time=time(facts, setup, find_rates(setup, gflops)),
-        updates=updates,
+        updates=None,
         waterfall=waterfall(facts, setup) if facts.blocks and facts.head else (),
         deployments=deployments(setup),
         fit=fit(facts, setup, limit) if limit else None,
@@ -185,6 +197,18 @@ def _resolved(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) 
     if isinstance(config, Mapping):
         return resolve(load_mapping(config, Path.cwd(), overrides))
     return resolve(load(config, overrides))
+
+
+def _told(settings: Resolved, setup: Setup) -> Iterator[str]:
+    """What else the configuration says that the numbers depend on."""
+    if (settings.deepspeed or settings.fsdp) and setup.ranks == 1:
+        yield f"of one process: {strategy_of(settings)} shares the work among several (ranks=…)"
+    if settings.auto_find_batch_size:
+        yield "the run will look for the largest batch itself (auto_find_batch_size)"
+    if settings.adapter_name_or_path is not None:
+        yield "rank and targets are the configuration's; in the run those of adapter_name_or_path hold"
+    if setup.unfreezes:
+        yield "memory is that of the second stage, in which the base trains (unfreeze_after); time of the first"
 
 
 def _notes(facts: ModelFacts, setup: Setup) -> list[str]:

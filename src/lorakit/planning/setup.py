@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from lorakit.config.names import OptimizerName
 from lorakit.errors import UsageError
 from lorakit.hardware import Device, Precision
 from lorakit.modelinfo.facts import ModelFacts
@@ -25,14 +28,9 @@ BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Families that lorakit trains on rows laid end to end (`lorakit.models.patch.PACKABLE`).
 PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 _RANKS, _BITS = (1, 4096), (4, 8, 16, 32)
-_OPTIMIZERS = (
-    "adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
-    "paged_adamw_32bit", "adafactor", "sgd",
-)  # fmt: skip
-
-
 _CHOICES: dict[str, tuple[Any, ...]] = {
-    "method": get_args(Method), "bits": _BITS, "optimizer": _OPTIMIZERS, "strategy": get_args(Strategy),
+    "method": get_args(Method), "bits": _BITS, "optimizer": get_args(OptimizerName),
+    "strategy": get_args(Strategy),
     "attention": (None, *get_args(Attention)), "loss": get_args(Loss), "precision": tuple(BYTES),
     "device": get_args(Device),
 }  # fmt: skip
@@ -55,14 +53,17 @@ class Setup:
         rslora: scale by α/√r. Without effect on memory, but not every server reads it.
         bits: of a number of the frozen base: 32, 16, 8 or 4.
         double: the constants of 4-bit blocks are quantised again.
+        dense: names of layers that are not quantised, besides the head.
         precision: what activations are computed in.
         batch: sequences in one pass of one device.
         length: tokens in a sequence.
         row: tokens in a row, several of which share a packed sequence; None for one row a sequence.
         labelled: share of the tokens that carry loss.
         accumulation: passes for one update.
-        checkpointing: keep the input of each block alone and compute the rest again.
-        optimizer: as the key ``optim``.
+        checkpointing: keep the input of a block alone and compute the rest again, of each block or of the first
+            of ``every`` so many; ``offload_activations``: these inputs wait in the CPU's memory (GPU only).
+        optimizer: as the key ``optim``; ``offload_optimizer``: its state waits in the CPU's memory (GPU only).
+        unfreezes: the base trains, too, in a second stage.
         strategy: how devices share the work; ``ranks`` of them.
         device: where it runs.
         attention: ``packed``, ``sdpa`` (fused, padded), or ``eager`` (plain products); None for what lorakit
@@ -82,6 +83,7 @@ class Setup:
     rslora: bool = False
     bits: int = 16
     double: bool = True
+    dense: tuple[str, ...] = ()
     precision: Precision = "bf16"
     batch: int = 1
     length: int = 2048
@@ -89,7 +91,11 @@ class Setup:
     labelled: float = 1.0
     accumulation: int = 8
     checkpointing: bool = False
+    every: int = 1
+    offload_activations: bool = False
     optimizer: str = "adamw_torch"
+    offload_optimizer: bool = False
+    unfreezes: bool = False
     strategy: Strategy = "one"
     ranks: int = 1
     device: Device = "cpu"
@@ -98,7 +104,7 @@ class Setup:
 
     def __post_init__(self) -> None:
         _between("rank", self.rank, *_RANKS)
-        for name in ("batch", "length", "accumulation"):
+        for name in ("batch", "length", "accumulation", "every"):
             _between(name, vars(self)[name], 1, 10**9)
         _between("ranks", self.ranks, 1, 10**6)
         if self.row is not None:
@@ -111,13 +117,18 @@ class Setup:
         for name, share in (("dropout", self.dropout), ("labelled", self.labelled)):
             if not (isinstance(share, int | float) and math.isfinite(share) and 0 <= share <= 1):
                 raise UsageError(f"{name} must be between 0 and 1, not {share!r:.60}")
-        if self.method == "full" and self.bits < 16:
+        if self.trains_base and self.bits < 16:
             raise UsageError("a quantised base cannot be trained whole", remedy="choose 16 or 32 bits, or lora")
         # A dense base computes in its own number format.
         if self.bits == 32:
             object.__setattr__(self, "precision", "fp32")
         elif self.bits == 16 and self.precision == "fp32":
             object.__setattr__(self, "precision", "bf16")
+
+    @property
+    def trains_base(self) -> bool:
+        """All of the model trains, at some time of the run at least."""
+        return self.method == "full" or self.unfreezes
 
     @property
     def width(self) -> int:
@@ -142,16 +153,18 @@ class Setup:
 
 
 def setup_of(settings: Resolved) -> Setup:
-    """The setup that a configuration describes; one device, as a run has it."""
-    values: dict[str, Any] = dict(settings)
+    """The setup that a configuration describes, for one process.
+
+    Raises:
+        UsageError: the DeepSpeed file cannot be read, or names no stage.
+    """
     method: Method = "adalora" if settings.use_adalora else "dora" if settings.use_dora else "lora"
-    bits = values.get("quantization_bit") or 8 * BYTES[settings.precision]
-    double = values.get("double_quantization")
-    length = settings.cutoff_len
-    batch = settings.per_device_train_batch_size
+    quantization = settings.quantization
+    length, batch = settings.cutoff_len, settings.per_device_train_batch_size
     if settings.max_tokens_per_batch is not None:
         length = min(length, settings.max_tokens_per_batch)
         batch = max(1, settings.max_tokens_per_batch // length)
+    offloads = settings.offload_optimizer or _zero(settings.deepspeed)[1]
     return Setup(
         method=method,
         rank=settings.lora_rank,
@@ -163,15 +176,41 @@ def setup_of(settings: Resolved) -> Setup:
         frozen_a=settings.lora_fa,
         dropout=settings.lora_dropout,
         rslora=settings.use_rslora,
-        bits=bits,
-        double=True if double is None else double,
+        bits=quantization.bits if quantization else 8 * BYTES[settings.precision],
+        double=quantization.double if quantization else True,
+        dense=quantization.skip if quantization else (),
         precision=settings.precision,
         batch=batch,
         length=length,
         accumulation=settings.gradient_accumulation_steps,
         checkpointing=settings.gradient_checkpointing,
+        every=settings.gradient_checkpointing_every,
+        offload_activations=settings.offload_activations,
         optimizer=settings.optim,
+        offload_optimizer=offloads,
+        unfreezes=settings.unfreeze_after is not None,
     )
+
+
+def strategy_of(settings: Resolved) -> Strategy:
+    """How several processes would share the work of this run; raises as `setup_of` does."""
+    return "fsdp" if settings.fsdp else _zero(settings.deepspeed)[0]
+
+
+def _zero(deepspeed: str | Mapping[str, Any] | None) -> tuple[Strategy, bool]:
+    """Of a DeepSpeed file, or its content: the strategy, and whether the optimizer's state waits on the CPU."""
+    if deepspeed is None:
+        return "ddp", False
+    stages: dict[Any, Strategy] = {1: "zero1", 2: "zero2", 3: "zero3"}
+    try:
+        found = json.loads(Path(deepspeed).read_bytes()) if isinstance(deepspeed, str) else deepspeed
+        zero = found["zero_optimization"]
+        return stages[zero["stage"]], (zero.get("offload_optimizer") or {}).get("device") == "cpu"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        place = deepspeed if isinstance(deepspeed, str) else None
+        raise UsageError(
+            f"deepspeed: cannot read zero_optimization.stage: {error}", place=place, remedy="give 1, 2 or 3"
+        ) from error
 
 
 def _tuple(names: str | tuple[str, ...]) -> tuple[str, ...]:

@@ -35,7 +35,7 @@ def waterfall(facts: ModelFacts, setup: Setup) -> tuple[Step, ...]:
     start = replace(
         setup, bits=16, precision="fp16" if setup.precision == "fp16" else "bf16", batch=batch,
         accumulation=-(-kept // batch), checkpointing=False, attention="eager", loss="plain", row=None,
-        method="lora" if setup.method == "full" else setup.method,
+        method="lora" if setup.method == "full" else setup.method, unfreezes=False,
     )  # fmt: skip
     packed = replace(start, attention=None).attention_of(facts) == "packed"
     measures: tuple[tuple[str, dict[str, object]], ...] = (
