@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from lorakit.adapters.spec import LoRAConfig
     from lorakit.checkpoint.manager import LoRAManager
     from lorakit.evals.batch_size import find_optimal_batch_size
+    from lorakit.monitor import monitor_memory
+    from lorakit.planning.plan import plan
     from lorakit.standalone import LinearWithLoRA, LoRALayer
     from lorakit.training.recipe import train
 
@@ -28,6 +30,8 @@ __all__ = [
     "count_parameters",
     "find_optimal_batch_size",
     "freeze_backbone_params",
+    "monitor_memory",
+    "plan",
     "train",
 ]
 
@@ -40,6 +44,8 @@ _MODULES = {
     "count_parameters": "lorakit.adapters.attach",
     "find_optimal_batch_size": "lorakit.evals.batch_size",
     "freeze_backbone_params": "lorakit.adapters.attach",
+    "monitor_memory": "lorakit.monitor",
+    "plan": "lorakit.planning.plan",
     "train": "lorakit.training.recipe",
 }
 

@@ -1,7 +1,7 @@
 """What this machine can do: devices, memory, instruction sets. The only file that asks.
 
-Torch is imported inside the functions that need a GPU's answer, so that a configuration can be checked
-without it.
+Torch and psutil are imported inside the functions that need them, so that a configuration is checked without
+them, and at once.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Literal
-
-import psutil
 
 Device = Literal["cuda", "cpu"]
 Precision = Literal["bf16", "fp16", "fp32"]
@@ -101,8 +99,19 @@ def memory_peak() -> int:
     return resident_peak()
 
 
+def memory_limit() -> int:
+    """Bytes that `memory_peak` can come to: all of the GPU's, or what this machine gives the process."""
+    if device() == "cuda":
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+    return resident_limit()
+
+
 def resident(pid: int | None = None) -> int:
     """Bytes of this machine's memory that a process has now, this one if none is named; 0 once it is gone."""
+    import psutil
+
     try:
         return int(psutil.Process(pid).memory_info().rss)
     except psutil.NoSuchProcess:
@@ -111,6 +120,8 @@ def resident(pid: int | None = None) -> int:
 
 def resident_files() -> int:
     """That part of `resident` which mirrors files, such as libraries and mapped weights (Linux)."""
+    import psutil
+
     return int(psutil.Process().memory_info().shared)
 
 
@@ -125,6 +136,8 @@ def resident_peak() -> int:
 
 def resident_limit() -> int:
     """Bytes that this process can come to have: its own, and what is free in the machine and its container."""
+    import psutil
+
     free = int(psutil.virtual_memory().available)
     group = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # another system, or no limit ("max")
@@ -178,6 +191,8 @@ def processor_name() -> str:
 
 def summary() -> dict[str, str | int | float]:
     """What a report says about the machine."""
+    import psutil
+
     return {
         "platform": platform.platform(),
         "python": platform.python_version(),

@@ -22,6 +22,8 @@ PUBLIC_NAMES = [
     "count_parameters",
     "find_optimal_batch_size",
     "freeze_backbone_params",
+    "monitor_memory",
+    "plan",
     "train",
 ]
 

@@ -35,7 +35,7 @@ def probe(*arguments: str, cwd: Path | None = None) -> str:
 def test_import() -> None:
     code = "import sys, lorakit; print(len(lorakit.__all__), {'torch', 'transformers'} & sys.modules.keys())"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout == "10 set()\n"
+    assert result.stdout == "12 set()\n"
 
 
 def test_help() -> None:

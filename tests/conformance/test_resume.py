@@ -34,7 +34,7 @@ ROWS = 11
 STEPS = 8  # three an epoch, of which the last is smaller
 BOUNDARY, EDGE = 4, 6  # checkpoints: within the second epoch, and at its end
 CUT = 5  # the update that a signal interrupts
-CLOCK = {"seconds", "tokens_per_second", "memory_gb"}
+CLOCK = {"seconds", "data_seconds", "tokens_per_second", "memory_gb"}
 
 METHODS: dict[str, dict[str, Any]] = {
     "accumulation": {"gradient_accumulation_steps": 3, "per_device_train_batch_size": 1, "max_grad_norm": 0.1},

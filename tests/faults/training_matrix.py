@@ -31,7 +31,7 @@ import faulty_disk
 from faulty_disk import CHANGES, GROWS, RESIZE, SYNC, WRITE, Fault
 
 STEPS, SAVE_STEPS, LIMIT = 7, 2, 2
-CLOCK = {"seconds", "since", "tokens_per_second", "memory_gb"}
+CLOCK = {"seconds", "data_seconds", "since", "tokens_per_second", "memory_gb"}
 OWED = {"evaluated", "best", "best_step", "waited"}  # of progress, by an evaluation
 
 # What happens at each change, and how the run may end.

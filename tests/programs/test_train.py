@@ -20,7 +20,7 @@ from lorakit.files import sha256_file
 
 TRAIN_FIELDS = {
     "event", "step", "steps", "epoch", "loss", "learning_rate", "grad_norm", "tokens", "tokens_per_second",
-    "memory_gb", "seconds",
+    "data_seconds", "memory_gb", "seconds",
 }  # fmt: skip
 EVAL_FIELDS = {"event", "step", "seconds", "rows", "loss", "perplexity", "exact_match", "field_f1"}
 

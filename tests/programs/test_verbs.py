@@ -169,7 +169,8 @@ class TestUsing:
         assert status == 2
         assert "is not the directory of a run" in err
 
-    def test_env(self, lorakit: Call) -> None:
+    def test_env(self, lorakit: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LORAKIT_CACHE", str(tmp_path))
         status, out, _ = lorakit("env", "--json")
         assert status == 0
         found = json.loads(out)

@@ -16,7 +16,7 @@ from lorakit import hardware
 from lorakit.config.keys import OTHER_NAMES, UNBUILT
 from lorakit.config.load import Run, load, load_mapping
 from lorakit.config.resolve import Resolved, resolve
-from lorakit.config.schema import TrainConfig
+from lorakit.config.schema import TrainConfig, help_texts
 from lorakit.errors import ConfigError
 
 NOTES = {"origins", "warnings"}
@@ -129,8 +129,15 @@ def test_the_configuration_is_frozen() -> None:
         resolved.lora_rank = 4
 
 
+def test_resolved_values_pass_their_own_checks() -> None:
+    """They are not checked again when they are made: each is a checked one, or derived."""
+    for values in ({}, {"use_qlora": True, "lora_alpha": "r"}, {"preset": "gpu-80gb", "unfreeze_after": 0.5}):
+        resolved = resolve(mapped(**values))
+        assert Resolved.model_validate(dict(resolved)) == resolved
+
+
 def test_every_key_has_a_help_text() -> None:
-    assert [name for name, field in TrainConfig.model_fields.items() if not field.description] == []
+    assert [name for name in TrainConfig.model_fields if not help_texts().get(name)] == []
 
 
 def test_overrides_win_and_origins_tell(tmp_path: Path) -> None:

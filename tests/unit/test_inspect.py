@@ -339,6 +339,7 @@ def test_text(tmp_path: Path, run: Run) -> None:
     assert facts["tensors"] == "8"
     assert "base weights" in head
     columns = ["module", "r", "scaling", "norm of ΔW", "effective rank", "stable rank"]
+    columns += ["rank 90 %", "rank 99 %"]
     assert re.split(r"  +", updates.splitlines()[0]) == columns
     assert len(updates.splitlines()) == 4
     assert updates.endswith("… 2 more (--limit 0 shows all)")

@@ -56,14 +56,13 @@ def combine(
             f"{len(names)} adapters and {len(weights)} weights", remedy="give one weight for each adapter"
         )
     for name in names:
-        if any(isinstance(carrier, ModuleCopies) for carrier in carriers(model, name).values()):
-            raise UsageError(f"{name!r} trains whole modules, which cannot be combined", remedy="leave it out")
+        refuse_whole(model, name)
     generator = torch.Generator().manual_seed(seed)
     made: dict[str, Factors] = {}
     worst = 0.0
     for path, layer in adapter_layers(model).items():
         pairs = [
-            (_factors(layer, name, path), w)
+            (factors_of(layer, name, path), w)
             for name, w in zip(names, weights, strict=True)
             if name in layer.adapters
         ]
@@ -72,19 +71,22 @@ def combine(
                 [f for f, _ in pairs], [w for _, w in pairs], rule, r, density, generator
             )
             worst = max(worst, error)
-    attach(model, _plain({path: factors.A.shape[0] for path, factors in made.items()}), new_name)
-    _fill(adapter_layers(model, new_name), new_name, made)
+    attach_plain(model, made, new_name)
     return worst
 
 
-def _plain(ranks: dict[str, int]) -> LoRAConfig:
-    """LoRA on exactly these modules, each with its rank and scaling 1."""
-    pattern = {f"^{path}": rank for path, rank in ranks.items()}
-    r = max(ranks.values())
-    return LoRAConfig(r, r, target_modules=tuple(ranks), rank_pattern=pattern, alpha_pattern=pattern)
+def refuse_whole(model: nn.Module, name: str) -> None:
+    """Refuse an adapter that trains copies of modules: they are no low-rank updates."""
+    if any(isinstance(carrier, ModuleCopies) for carrier in carriers(model, name).values()):
+        raise UsageError(f"{name!r} trains whole modules, which cannot be combined", remedy="leave it out")
 
 
-def _factors(layer: AdapterLayer, name: str, path: str) -> Factors:
+def factors_of(layer: AdapterLayer, name: str, path: str) -> Factors:
+    """A [r, in] and B [out, r] of the adapter ``name`` on one layer, whatever its host; removed ranks left out.
+
+    Raises:
+        UsageError, TargetError: its update is no product of two such matrices.
+    """
     adapter = layer.adapter(name)
     if not adapter.method.additive:
         raise UsageError(
@@ -97,6 +99,16 @@ def _factors(layer: AdapterLayer, name: str, path: str) -> Factors:
     if adapter.method.name == "adalora" and kept.any():
         A, B = A[kept], B[:, kept]
     return Factors(A, B, adapter.scaling)
+
+
+def attach_plain(model: nn.Module, made: dict[str, Factors], name: str) -> None:
+    """Attach exactly these updates, by path, as a plain LoRA with scaling 1, and make it the active one."""
+    ranks = {path: factors.A.shape[0] for path, factors in made.items()}
+    pattern = {f"^{path}": rank for path, rank in ranks.items()}
+    r = max(ranks.values())
+    config = LoRAConfig(r, r, target_modules=tuple(ranks), rank_pattern=pattern, alpha_pattern=pattern)
+    attach(model, config, name)
+    _fill(adapter_layers(model, name), name, made)
 
 
 def _combined(

@@ -6,14 +6,16 @@ decompositions B = Q₁ R₁ and Aᵀ = Q₂ R₂ it is ΔW = Q₁ (s·R₁ R₂
 * norm: ‖ΔW‖_F.
 * effective rank: exp(H) with H the entropy of the singular values divided by their sum (Roy & Vetterli 2007).
 * stable rank: ‖ΔW‖_F² / ‖ΔW‖₂².
+* energy rank: how many of the largest singular values have 90 or 99 % of ‖ΔW‖_F² = Σσᵢ².
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,10 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class UpdateFacts:
-    """The update on one module. Without a usable description ``scaling`` is None and the norm is ‖BA‖_F."""
+    """The update on one module. Without a usable description ``scaling`` is None and the norm is ‖BA‖_F.
+
+    ``spectrum`` has its r singular values, largest first.
+    """
 
     module: str
     r: int
@@ -59,6 +64,9 @@ class UpdateFacts:
     norm: float
     effective_rank: float
     stable_rank: float
+    rank_90: int
+    rank_99: int
+    spectrum: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -136,6 +144,17 @@ def stable_rank(values: Tensor) -> float:
     return float((values / values[0]).square().sum()) if values.numel() and values[0] > 0 else 0.0
 
 
+def energy_rank(values: Sequence[float], share: float) -> int:
+    """The least k so that the first k of ``values`` (largest first) have this share of Σσᵢ²; 0 for no update.
+
+    What is left out then is √(1 − share) of the update's norm at most (Eckart and Young 1936).
+    """
+    reached = list(accumulate(value * value for value in values))
+    if not reached or reached[-1] == 0:
+        return 0
+    return next(k for k, energy in enumerate(reached, start=1) if energy >= share * reached[-1])
+
+
 def _adapter_folder(path: Path) -> Path:
     folder = find_adapter(path)
     if folder is not None:
@@ -183,7 +202,12 @@ def _updates(stored: StoredAdapter, broken: set[str], problems: list[str]) -> li
 def _update_facts(module: str, A: Tensor, B: Tensor, scaling: float | None) -> UpdateFacts:
     values = singular_values(A, B) * (1.0 if scaling is None else scaling)
     norm = float(torch.linalg.vector_norm(values))
-    return UpdateFacts(module, A.shape[0], scaling, norm, effective_rank(values), stable_rank(values))
+    spectrum = tuple(values.tolist())
+    energies = energy_rank(spectrum, 0.9), energy_rank(spectrum, 0.99)
+    r = A.shape[0]
+    return UpdateFacts(
+        module, r, scaling, norm, effective_rank(values), stable_rank(values), *energies, spectrum
+    )
 
 
 def _matrices(factors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:

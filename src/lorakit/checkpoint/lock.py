@@ -88,6 +88,19 @@ def only_one(path: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+def holder(path: Path) -> Holder | None:
+    """The process that the lock file ``path`` names, unless it has certainly ended; changes nothing."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        found = _read(descriptor)
+    finally:
+        os.close(descriptor)
+    return None if found is None or found.gone else found
+
+
 def _take(path: Path) -> int:
     """The open lock file, with this process written into it."""
     while True:

@@ -215,7 +215,8 @@ def _notes(model: nn.Module, name: str, given: Mapping[str, Any]) -> dict[str, A
     config = next(iter(adapter_layers(model, name).values())).adapter(name).config
     start = config.init_lora_weights
     base = given["base"] if "base" in given else binding.fingerprint(model)
-    return dict(given) | {"base": base} | ({"start": start} if find_initialiser(start).anchored else {})
+    kept = {key: value for key, value in given.items() if key != "start"}  # of the adapter it was made from
+    return kept | {"base": base} | ({"start": start} if find_initialiser(start).anchored else {})
 
 
 def _check_match(expected: dict[str, tuple[int, ...]], found: dict[str, Tensor], place: str) -> None:

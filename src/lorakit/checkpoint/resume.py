@@ -36,6 +36,7 @@ _HARMLESS = frozenset((
     "max_nonfinite_updates", "ddp_timeout", "eval_dataset", "eval_strategy", "eval_steps", "eval_delay",
     "do_eval", "eval_on_start", "per_device_eval_batch_size", "predict_with_generate", "max_new_tokens",
     "load_best_model_at_end", "metric_for_best_model", "early_stopping_steps", "deepspeed", "fsdp",
+    "forgetting_text",
 ))  # fmt: skip
 
 

@@ -53,5 +53,6 @@ def convert(
         base_model=session.source.name,
         revision=session.source.revision,
         notes=session.notes,
+        texts=session.template.files(),
     )
     emit({"adapter": out, "rank": rank or "unchanged", "largest_error": error}, as_json)

@@ -59,9 +59,11 @@ def _as_text(found: Inspection, limit: int) -> str:
     described = {**facts, **config, **_flat(found.notes)}
     parts = [table([(_safe(key), _short(value)) for key, value in described.items()])]
     updates = [
-        (_safe(u.module), u.r, u.scaling, u.norm, u.effective_rank, u.stable_rank) for u in found.updates
+        (_safe(u.module), u.r, u.scaling, u.norm, u.effective_rank, u.stable_rank, u.rank_90, u.rank_99)
+        for u in found.updates
     ]
-    parts += _cut(updates, ("module", "r", "scaling", "norm of ΔW", "effective rank", "stable rank"), limit)
+    ranks = ("effective rank", "stable rank", "rank 90 %", "rank 99 %")
+    parts += _cut(updates, ("module", "r", "scaling", "norm of ΔW", *ranks), limit)
     tensors = [(_safe(t.name), "×".join(map(str, t.shape)) or "scalar", t.dtype, t.norm) for t in found.tensors]
     parts += _cut(tensors, ("tensor", "shape", "format", "norm"), limit)
     for title, names in (("dead (ΔW = 0)", found.dead), ("NaN or infinity in", found.non_finite)):

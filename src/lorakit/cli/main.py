@@ -25,15 +25,20 @@ from lorakit.errors import Interrupted, LorakitError, MemoryLimitError, UsageErr
 # verb -> (module:function, what --help says)
 VERBS = {
     "train": ("lorakit.cli.train:train", "Train an adapter from one YAML file."),
+    "init": ("lorakit.cli.init:init", "Write a first configuration for a model and training rows."),
+    "presets": ("lorakit.cli.presets:presets", "List named settings, and show where they come from."),
     "validate": ("lorakit.cli.validate:validate", "Check a YAML file and show what it means."),
+    "plan": ("lorakit.cli.plan:plan", "Tell what a training will take: bytes, seconds, sizes."),
     "preview": ("lorakit.cli.preview:preview", "Show what a model would see of the data."),
     "generate": ("lorakit.cli.generate:generate", "Answer a prompt with a model or an adapter."),
     "chat": ("lorakit.cli.generate:chat", "Talk with a model or an adapter."),
     "evaluate": ("lorakit.cli.evaluate:evaluate", "Measure a model or an adapter on a held-out file."),
     "merge": ("lorakit.cli.merge:merge", "Write base and adapter as one plain model folder."),
     "convert": ("lorakit.cli.convert:convert", "Write an adapter as plain LoRA, at a lower rank if wanted."),
+    "compress": ("lorakit.cli.compress:compress", "Write an adapter at lower ranks, with what that costs."),
     "inspect": ("lorakit.cli.inspect:inspect", "Show what an adapter or a file of weights holds."),
     "report": ("lorakit.cli.report:report", "Write the report page of a run."),
+    "doctor": ("lorakit.cli.doctor:doctor", "Tell what is wrong with a run, or a configuration."),
     "env": ("lorakit.cli.env:env", "Show what this machine can do."),
     "demo": ("lorakit.cli.demo:demo", "Teach a small model a real task and show the proof."),
 }

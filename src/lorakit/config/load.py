@@ -15,10 +15,11 @@ from pydantic import ValidationError
 from pydantic_core import PydanticUndefined
 
 from lorakit.config.keys import ALIASES, OTHER_NAMES, UNBUILT
+from lorakit.config.presets import PRESETS
 from lorakit.config.problems import Place, Problem, config_error
 from lorakit.config.quantization_rules import QUANTIZATION_CONTRADICTIONS, QUANTIZATION_WARNINGS
 from lorakit.config.rules import CONTRADICTIONS, WARNINGS
-from lorakit.config.schema import TrainConfig
+from lorakit.config.schema import TrainConfig, help_texts
 from lorakit.config.source import (
     ProblemFoundError,
     Setting,
@@ -27,8 +28,10 @@ from lorakit.config.source import (
     read_mapping,
     read_override,
 )
+from lorakit.config.yaml_text import scalar
 
 _FIELDS = tuple(TrainConfig.model_fields)
+_PRESET = "preset "
 _ONE_CHOICE = ("stage", "finetuning_type")
 _SWITCHES = {"yes": True, "on": True, "true": True, "no": False, "off": False, "false": False}
 
@@ -84,6 +87,7 @@ def _check(written: Sequence[Setting], overrides: Sequence[str], file: Path | No
     problems += doubled
     settings |= given
     problems += _spell(settings)
+    settings |= _preset_settings(settings, base_dir)
     name = _name(file)
     known = {key: setting for key, setting in settings.items() if key in _FIELDS}
     problems += [problem for key, at in settings.items() if key not in _FIELDS for problem in _refuse(at)]
@@ -93,7 +97,8 @@ def _check(written: Sequence[Setting], overrides: Sequence[str], file: Path | No
     for rule in (*CONTRADICTIONS, *QUANTIZATION_CONTRADICTIONS):
         if unsure.isdisjoint(rule.keys) and rule.broken(config):
             places = tuple(known[key].key_place for key in rule.keys if key in known)
-            problems.append(Problem(rule.message, rule.keys[0], places, rule.hint))
+            hint = rule.hint + "".join(_undone(known[key]) for key in rule.keys if key in known)
+            problems.append(Problem(rule.message, rule.keys[0], places, hint))
     if problems:
         raise config_error(problems, name)
     warnings = tuple(
@@ -115,6 +120,29 @@ def _spell(settings: dict[str, Setting]) -> list[Problem]:
         else:
             settings[key] = replace(setting, key=key)
     return problems
+
+
+def _preset_settings(settings: Mapping[str, Setting], base: Path) -> dict[str, Setting]:
+    """What the key ``preset`` brings for keys that nobody wrote; an unknown name is refused as any value is."""
+    name = settings["preset"].value if "preset" in settings else None
+    if not isinstance(name, str) or name not in PRESETS:
+        return {}
+    found = {}
+    for key, value in PRESETS[name].values.items():
+        line = f"{key}: {scalar(value)}"
+        at_key = Place(f"{_PRESET}{name}", None, 1, line, len(key))
+        at_value = Place(f"{_PRESET}{name}", None, len(key) + 3, line, len(line) - len(key) - 2)
+        if key not in settings:
+            found[key] = Setting(key, value, at_key, at_value, base)
+    return found
+
+
+def _undone(setting: Setting) -> str:
+    """How a value is got rid of that a preset brought."""
+    if setting.key_place.line is not None or not setting.key_place.file.startswith(_PRESET):
+        return ""
+    default = TrainConfig.model_fields[setting.key].get_default()
+    return f"; `{setting.key}: {scalar(default)}` undoes the preset's"
 
 
 def _name(file: Path | None) -> str:
@@ -149,7 +177,7 @@ def _validate(settings: Mapping[str, Setting], name: str) -> tuple[TrainConfig, 
 
 
 def _missing(key: str, name: str) -> Problem:
-    hint = f"add `{key}: …`: {TrainConfig.model_fields[key].description}"
+    hint = f"add `{key}: …`: {help_texts()[key]}"
     return Problem(f"the key `{key}` is missing", key, (Place(name),), hint)
 
 

@@ -64,3 +64,17 @@ OptimizerName = Literal[
     "adafactor",
     "sgd",
 ]
+
+PresetName = Literal[
+    "gpu-16gb",
+    "gpu-24gb",
+    "gpu-80gb",
+    "instructions",
+    "code",
+    "summaries",
+    "vision",
+    "vision-small",
+    "vision-best",
+    "classic",
+]
+AlphaMode = Literal["r", "2r", "4r"]

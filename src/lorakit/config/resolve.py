@@ -18,18 +18,19 @@ from pydantic import ConfigDict
 
 from lorakit import hardware
 from lorakit.config.load import Run
+from lorakit.config.presets import ALPHA_MODES, TARGET_SETS
 from lorakit.config.problems import Problem, config_error, printable
 from lorakit.config.quantization import Kind, Quantization
 from lorakit.config.quantization_rules import asked_bits
 from lorakit.config.schema import TrainConfig
 from lorakit.config.source import Setting, near_names
+from lorakit.config.yaml_text import scalar
 
-_PLAIN_TEXT = re.compile(r"[A-Za-z/][A-Za-z0-9_./+-]*")
-_YAML_WORDS = {"true", "false", "null", "yes", "no", "on", "off", "y", "n"}  # YAML 1.1's, too
 _COMMENT_COLUMN = 60
 _HUB_DATA = re.compile(r"\w[\w-]*/\w[\w-]*(\.\d[\w-]*)*", re.ASCII)  # owner/name, without a file's suffix
 _REGISTRY = "dataset_info.json"
 _OTHER_SPELLINGS = (  # of values that stand elsewhere
+    "preset",
     "disable_gradient_checkpointing",
     "neat_packing",
     "greater_is_better",
@@ -46,8 +47,9 @@ class Resolved(TrainConfig):
     ``origins`` tells for each value where it came from: a line, the command line, a default, a derivation.
     """
 
-    model_config = ConfigDict(use_attribute_docstrings=False)  # the help texts are TrainConfig's
+    model_config = ConfigDict(defer_build=True)  # its values are checked ones: no validator is built for them
 
+    preset: None = None
     lora_alpha: float
     dataset_dir: str
     do_eval: bool
@@ -71,7 +73,7 @@ class Resolved(TrainConfig):
         """The values as plain YAML keys, one a line, each with its origin as a comment."""
         values = dict(self)
         lines = [
-            (f"{key}: {_scalar(values[key])}", self.origins[key])
+            (f"{key}: {scalar(values[key])}", self.origins[key])
             for key in TrainConfig.model_fields
             if key not in _OTHER_SPELLINGS
         ]
@@ -91,8 +93,7 @@ def resolve(run: Run) -> Resolved:
     problems: list[Problem] = []
     warnings = list(run.warnings)
 
-    if config.lora_alpha is None:
-        values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"
+    _resolve_adapters(config, values, origins)
     if config.do_eval is None:
         values["do_eval"] = config.eval_dataset is not None or config.val_size > 0
         cause = "val_size" if config.val_size > 0 else "eval_dataset"
@@ -127,7 +128,21 @@ def resolve(run: Run) -> Resolved:
     problems += _resolve_quantization(run, values, origins, warnings)
     if problems:
         raise config_error(problems, run.name)
-    return Resolved(**values, origins=origins, warnings=tuple(warnings))
+    return Resolved.model_construct(**values, origins=origins, warnings=tuple(warnings))
+
+
+def _resolve_adapters(config: TrainConfig, values: dict[str, Any], origins: dict[str, str]) -> None:
+    """Replace words for a strength and for sets of layers; what a preset says has become keys of its own."""
+    values["preset"] = None
+    if config.lora_alpha is None:
+        values["lora_alpha"], origins["lora_alpha"] = 2.0 * config.lora_rank, "derived: 2 × lora_rank"
+    elif isinstance(config.lora_alpha, str):
+        values["lora_alpha"] = float(ALPHA_MODES[config.lora_alpha] * config.lora_rank)
+        origins["lora_alpha"] += f": {config.lora_alpha}"
+    sets = [name for name in config.lora_target if name in TARGET_SETS]  # of "all" none: letters
+    if sets:
+        values["lora_target"] = tuple(TARGET_SETS.get(name, name) for name in config.lora_target)
+        origins["lora_target"] += f": {', '.join(sets)}"
 
 
 def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) -> list[Problem]:
@@ -143,6 +158,8 @@ def _resolve_paths(run: Run, values: dict[str, Any], origins: dict[str, str]) ->
     for key in ("tokenized_path", "adapter_name_or_path", "resume_from_checkpoint", "deepspeed", "logging_dir"):
         if isinstance(values[key], str):
             values[key] = str(_absolute(values[key], settings[key].base))
+    if values["forgetting_text"] not in (None, "python"):
+        values["forgetting_text"] = str(_absolute(values["forgetting_text"], settings["forgetting_text"].base))
     for key in ("dataset", "eval_dataset"):
         if values[key] is not None:
             base = settings[key].base if run.config.dataset_dir is None else data_folder
@@ -278,21 +295,3 @@ def _exists(path: Path) -> bool:
 
 def _looks_like_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.lower().endswith(".gguf") or name.count("/") > 1
-
-
-def _scalar(value: Any) -> str:
-    """A value as YAML 1.2 on one line."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, str):
-        return _quoted(value)
-    if isinstance(value, tuple):
-        return f"[{', '.join(_scalar(item) for item in value)}]"
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _quoted(text: str) -> str:
-    if _PLAIN_TEXT.fullmatch(text) and text.lower() not in _YAML_WORDS:
-        return text
-    escapes = {'"': '\\"', "\\": "\\\\"}
-    return '"' + "".join(escapes.get(c, c if c.isprintable() else f"\\U{ord(c):08x}") for c in text) + '"'

@@ -238,6 +238,12 @@ CONTRADICTIONS = (
         "write `on_nonfinite: skip` or `stop`",
     ),
     Rule(
+        ("forgetting_text", "unfreeze_after"),
+        lambda run: run.forgetting_text is not None and run.unfreeze_after is not None,
+        "`forgetting_text` compares with the base, which `unfreeze_after` changes",
+        "remove one of them",
+    ),
+    Rule(
         ("load_best_model_at_end", "unfreeze_after"),
         lambda run: run.load_best_model_at_end and run.unfreeze_after is not None,
         "`load_best_model_at_end` cannot go back to before the base began to train",

@@ -6,12 +6,25 @@ The names are LLaMA-Factory's, so that its files run here. A value is never coer
 
 from __future__ import annotations
 
+import ast
+import functools
+import inspect
+import itertools
 import re
+import sys
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from lorakit.config.names import LongRows, OptimizerName, ScheduleName, TemplateName, ToolFormat
+from lorakit.config.names import (
+    AlphaMode,
+    LongRows,
+    OptimizerName,
+    PresetName,
+    ScheduleName,
+    TemplateName,
+    ToolFormat,
+)
 
 _NUMBER = re.compile(r"\d+(\.\d*)?|\.\d+", re.ASCII)
 
@@ -85,9 +98,10 @@ TRACKERS = ("tensorboard", "wandb", "mlflow")
 class TrainConfig(BaseModel):
     """What a configuration file says, checked; ``None`` stands for what ``resolve`` works out."""
 
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
-    )
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    preset: PresetName | None = None
+    """Named settings to start from (`lorakit presets`); every key that is written here wins over them."""
 
     model_name_or_path: Text
     """Hub id, local folder, GGUF file, or the alias smollm2-135m-instruct."""
@@ -105,12 +119,12 @@ class TrainConfig(BaseModel):
 
     lora_rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank r of the update."""
-    lora_alpha: Annotated[float, Field(gt=0)] | None = None
-    """Strength of the update, applied as alpha / rank; twice the rank if left out."""
+    lora_alpha: Annotated[float, Field(gt=0)] | AlphaMode | None = None
+    """Strength of the update, applied as alpha / rank; also as r, 2r or 4r. Twice the rank if left out."""
     lora_dropout: Fraction = 0.0
     """Share of the adapter's inputs dropped in training."""
     lora_target: Annotated[Literal["all"] | Names, BeforeValidator(_split_targets)] = "all"
-    """Names of the layers that carry an adapter, a regular expression for their paths, or all linear ones."""
+    """Names of the layers that carry an adapter, a set (attention, mlp, qv), a regular expression, or all."""
     exclude_modules: Annotated[Names | None, BeforeValidator(_split_targets)] = None
     """Names of layers to leave out, or a regular expression for their paths."""
     layers_to_transform: Annotated[
@@ -357,3 +371,17 @@ class TrainConfig(BaseModel):
     """Let the evaluation generate answers and compare them with the reference."""
     max_new_tokens: Count = 256
     """Longest generated answer in tokens."""
+    forgetting_text: Text | None = None
+    """A text file that base and adapter are compared on in the end; `python` for a text that Python brings."""
+
+
+@functools.cache
+def help_texts() -> dict[str, str]:
+    """The text under each key of `TrainConfig`, read from this file when a message needs it."""
+    module = ast.parse(inspect.getsource(sys.modules[__name__]))
+    body = next(node.body for node in module.body if isinstance(node, ast.ClassDef))
+    texts = {}
+    for key, text in itertools.pairwise(body):
+        if isinstance(key, ast.AnnAssign) and isinstance(key.target, ast.Name) and isinstance(text, ast.Expr):
+            texts[key.target.id] = str(ast.literal_eval(text.value))
+    return texts

@@ -115,13 +115,24 @@ def _evaluation(record: RunRecord) -> str:
     found = measures(record.before, record.after)
     point = record.after or record.before
     if not found or point is None:
-        return "## Evaluation\n\nThis adapter was not evaluated."
+        return "\n\n".join(["## Evaluation", "This adapter was not evaluated.", *_forgetting(record)])
     held_out = f"{number(point.rows)} held-out rows"
     if record.info.data.eval and record.info.data.eval.files:
         held_out += f" of {_files(record.info.data.eval)}"
     rows = [(measure.name, measure.before, measure.after) for measure in found]
     after = f"adapter (step {record.after.step})" if record.after else "adapter"
-    return f"## Evaluation\n\nMeasured on {held_out}:\n\n{_table(('', 'base model', after), rows)}"
+    measured = f"Measured on {held_out}:\n\n{_table(('', 'base model', after), rows)}"
+    return "\n\n".join(["## Evaluation", measured, *_forgetting(record)])
+
+
+def _forgetting(record: RunRecord) -> list[str]:
+    if not (found := record.info.forgetting):
+        return []
+    base, adapter = number(found.base, ",.2f"), number(found.adapter, ",.2f")
+    return [
+        f"Perplexity on a text that has nothing to do with the task ({_code(found.text)}, {found.tokens:,} "
+        f"tokens): {base} of the base model, {adapter} with the adapter."
+    ]
 
 
 def _usage(model: ModelInfo) -> str:
@@ -149,9 +160,10 @@ lorakit generate path/to/this/folder "your prompt"
 def _limits(record: RunRecord) -> str:
     measured = "anything beyond the rows and measures above: " if record.after else ""
     missing = "" if record.before else " The base model was not measured, so no gain can be stated."
+    unlearned = " beyond that text" if record.info.forgetting else ""
     return (
         f"## Limits\n\nNot evaluated: {measured}other tasks and languages, safety, bias, robustness to "
-        "hostile prompts, and what the base model may have unlearned."
+        f"hostile prompts, and what the base model may have unlearned{unlearned}."
         f"{missing} The limits of the base model apply."
     )
 

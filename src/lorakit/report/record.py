@@ -31,6 +31,8 @@ class TrainPoint:
     tokens: int | None = None
     tokens_per_second: float | None = None
     memory_gb: float | None = None
+    seconds: float | None = None
+    data_seconds: float | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,19 @@ class DataInfo:
     longest: int | None = None
     truncated: int | None = None
     dropped: int | None = None
+    too_long: int | None = None
+    masked: int | None = None
+    whole_tokens: int | None = None
+    padding: float | None = None
+
+
+@dataclass(frozen=True)
+class ErrorPoint:
+    """What ended a run before its time, after update ``step``."""
+
+    step: int
+    code: str
+    message: str
 
 
 @dataclass(frozen=True)
@@ -113,6 +128,27 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class RankInfo:
+    """How much of its ranks the adapter uses; see `lorakit.evals.probes`."""
+
+    modules: int
+    r: int
+    effective: float
+    rank_99: int
+    recommended: int
+
+
+@dataclass(frozen=True)
+class ForgettingInfo:
+    """Perplexity of base and adapter on a text that has nothing to do with the task."""
+
+    text: str
+    tokens: int
+    base: float | None
+    adapter: float | None
+
+
+@dataclass(frozen=True)
 class RunInfo:
     """``run.json``: what the run says about itself."""
 
@@ -127,6 +163,8 @@ class RunInfo:
     environment: Mapping[str, Any] = field(default_factory=dict)
     samples: tuple[Sample, ...] = ()
     base_unchanged: bool | None = None
+    ranks: RankInfo | None = None
+    forgetting: ForgettingInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -142,27 +180,38 @@ class RunRecord:
     settings: Mapping[str, Any] = field(default_factory=dict)
     train: tuple[TrainPoint, ...] = ()
     evals: tuple[EvalPoint, ...] = ()
+    notes: tuple[str, ...] = ()
+    errors: tuple[ErrorPoint, ...] = ()
 
     @classmethod
-    def read(cls, run_dir: Path) -> RunRecord:
-        """Parse the files of a run directory; ``UsageError`` if it is none or does not parse."""
-        if not (run_dir / "run.json").is_file():
+    def read(cls, run_dir: Path, *, unfinished: bool = False) -> RunRecord:
+        """Parse the files of a run directory; ``UsageError`` if it is none or does not parse.
+
+        ``unfinished``: a run that has not come to its end, and has no ``run.json`` yet, will do, too.
+        """
+        missing = "config.resolved.yaml" if unfinished else "run.json"
+        if not any((run_dir / name).is_file() for name in ("run.json", missing)):
             raise UsageError(
-                f"{run_dir} is not the directory of a run: it holds no run.json",
+                f"{run_dir} is not the directory of a run: it holds no {missing}",
                 remedy="name the output_dir of a training run",
             )
         try:
-            info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
             config = _text(run_dir / "config.resolved.yaml")
+            settings = _SETTINGS.validate_python(YAML(typ="safe", pure=True).load(config) or {})
+            info = {"model": {"name": str(settings.get("model_name_or_path"))}}
+            if (run_dir / "run.json").is_file():
+                info = json.loads((run_dir / "run.json").read_text(encoding="utf-8"))
             metrics = run_dir / "metrics.jsonl"
             events = read_metrics(metrics) if metrics.is_file() else []
             return cls(
                 path=run_dir,
                 info=_RUN.validate_python(info),
                 config=config,
-                settings=_SETTINGS.validate_python(YAML(typ="safe", pure=True).load(config) or {}),
+                settings=settings,
                 train=_latest(_TRAIN.validate_python([e for e in events if e.get("event") == "train"])),
                 evals=_latest(_EVALS.validate_python([e for e in events if e.get("event") == "eval"])),
+                notes=_NOTES.validate_python([e.get("text") for e in events if e.get("event") == "note"]),
+                errors=_ERRORS.validate_python([e for e in events if e.get("event") == "error"]),
             )
         except (OSError, ValueError, YAMLError) as error:
             raise UsageError(f"cannot read the run {run_dir}: {_reason(error)}") from error
@@ -182,6 +231,8 @@ _RUN = pydantic.TypeAdapter(RunInfo)
 _SETTINGS = pydantic.TypeAdapter(dict[str, Any])
 _TRAIN = pydantic.TypeAdapter(tuple[TrainPoint, ...])
 _EVALS = pydantic.TypeAdapter(tuple[EvalPoint, ...])
+_NOTES = pydantic.TypeAdapter(tuple[str, ...])
+_ERRORS = pydantic.TypeAdapter(tuple[ErrorPoint, ...])
 
 
 def _latest(points: tuple[_Point, ...]) -> tuple[_Point, ...]:

@@ -23,6 +23,7 @@ from lorakit.data.templates import Template
 from lorakit.errors import ModelError, UsageError
 from lorakit.evals.evaluate import HeldOut, hold_out
 from lorakit.evals.objective import batching
+from lorakit.evals.probes import NeutralText, neutral_text
 from lorakit.log import logger
 from lorakit.lowrank.budget import RankSchedule
 from lorakit.models.load import check_vocabulary, dense_weights, load_model, load_tokenizer
@@ -49,6 +50,7 @@ class Job:
     rows: Sequence[Row]
     data: DataSummary
     held_out: HeldOut | None
+    neutral: NeutralText | None  # what forgetting is measured on
     system: str | None  # the system message that all training rows share
     source: ModelSource
     plan: Plan
@@ -108,6 +110,7 @@ def build(
     held_out = found.held_out and hold_out(
         tokenizer, found.held_out, template=template, cutoff_len=cut, answers=answers
     )
+    neutral = settings.forgetting_text and neutral_text(settings.forgetting_text, tokenizer, template)
     poll()
     model = _load(settings, source)
     poll()
@@ -127,7 +130,8 @@ def build(
             plan = make_plan(settings, lengths, ranks, batch)
     return Job(
         settings=settings, model=model, tokenizer=tokenizer, template=template, rows=rows, data=data,
-        held_out=held_out or None, system=found.training.system, source=source, plan=plan,
+        held_out=held_out or None, neutral=neutral or None, system=found.training.system, source=source,
+        plan=plan,
         text=text_fingerprint(tokenizer), content=rows_fingerprint(rows), base=base, bound_to=bound_to,
         reading=found.training.facts,
     )  # fmt: skip

@@ -89,6 +89,7 @@ class Loop:
         self._order = Order(lengths_of(rows), plan.grouping, plan.seed)
         self._watch = Watch()
         self._owed: int | None = None  # the step at which a failed checkpoint is tried again
+        self._making = 0.0  # seconds spent on making batches since the last log line
 
     def run(self) -> None:
         """Train until the plan is done, from wherever `progress` is.
@@ -123,7 +124,7 @@ class Loop:
             try:
                 result = train_step(
                     strategy,
-                    [self.collate([self.rows[i] for i in group]) for group in groups],
+                    self._batches(groups),
                     plan.max_grad_norm,
                     budget=self.budget,
                     step=step,
@@ -149,6 +150,13 @@ class Loop:
                 if progress.scale:
                     progress.scale.grow()
                 return result
+
+    def _batches(self, groups: Sequence[Sequence[int]]) -> list[Batch]:
+        """The micro-batches; how long it takes to make them is part of the log."""
+        start = time.monotonic()
+        batches = [self.collate([self.rows[i] for i in group]) for group in groups]
+        self._making += time.monotonic() - start
+        return batches
 
     def _passes(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:
         """The micro-batches of this rank, as many as any rank has, and how many of them only fill up."""
@@ -219,7 +227,9 @@ class Loop:
         if due or (plan.log_first and progress.step == 1):
             entry = progress.log_entry(plan.steps, plan.updates_per_epoch)
             entry["learning_rate"] = plan.schedule.rate(progress.step - 1) * progress.rate_factor
-            self.hooks.on_log(entry | {"memory_gb": hardware.memory_used() / 1e9})
+            entry |= {"data_seconds": self._making, "memory_gb": hardware.memory_used() / 1e9}
+            self._making = 0.0
+            self.hooks.on_log(entry)
 
     def _evaluate(self) -> None:
         """Score the held-out rows if that is due and not done yet; end a run that stands still."""

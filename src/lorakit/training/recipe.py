@@ -142,6 +142,7 @@ def _finish(run: Run, source: Source | None, started: float) -> RunResult:
         run.take_best()
         run.save_result()
         after = run.evaluate(step=run.progress.step) if settings.do_eval else None
+        run.probe()
     except Stopped as stopped:
         run.save_result()
         run.publish(after, started, "interrupted")

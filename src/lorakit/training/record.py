@@ -18,8 +18,12 @@ from torch import nn
 from lorakit import __version__, hardware
 from lorakit.adapters.attach import adapter_layers, count_parameters
 from lorakit.adapters.spec import LoRAConfig
+from lorakit.checkpoint.inspect import inspect
+from lorakit.data.store import lengths_of
 from lorakit.evals.evaluate import Evaluation
+from lorakit.evals.probes import probe_ranks
 from lorakit.files import write_json, write_text
+from lorakit.models.patch import can_pack
 from lorakit.report.card import model_card
 from lorakit.report.html import write_report
 from lorakit.report.record import RunRecord
@@ -49,13 +53,19 @@ def describe(
         },
         "adapter": _adapter(job.model),
         "data": {
-            "train": {"files": list(settings.dataset), **asdict(job.data), "reading": dict(job.reading)},
+            "train": {
+                "files": list(settings.dataset),
+                **asdict(job.data),
+                "reading": dict(job.reading),
+                "padding": _padding(job),
+            },
             "eval": scored and {"files": list(settings.eval_dataset or ()), **asdict(scored.data)},
         },
         "environment": {
             **hardware.summary(),
             **{name: version(name) for name in ("torch", "transformers")},
-            "peak_memory_gb": round(hardware.memory_peak() / 1e9, 2),
+            "peak_memory_gb": round(hardware.memory_peak() / 1e9, 3),
+            "memory_limit_gb": round(hardware.memory_limit() / 1e9, 3),
         },
         "samples": _samples(job, before, after),
         "scores": [scores and {**scores.to_json(), "answers": None} for scores in (before, after)],
@@ -76,6 +86,9 @@ def finished_record(folder: RunFolder, step: int) -> dict[str, Any] | None:
 
 def publish(folder: RunFolder, result: Path, record: dict[str, Any]) -> Path:
     """Write ``run.json``, the result's model card and the report; returns the report's path."""
+    if result == folder.adapter and result.is_dir():
+        ranks = probe_ranks(inspect(result).updates)
+        record = record | {"ranks": ranks and asdict(ranks)}
     write_json(folder.record, record)
     if result.is_dir():  # not yet, if a second stage was interrupted
         write_text(result / "README.md", model_card(RunRecord.read(folder.path)))
@@ -102,6 +115,15 @@ def _adapter(model: nn.Module) -> dict[str, Any]:
         ],
         **count_parameters(model),
     }
+
+
+def _padding(job: Job) -> float:
+    """Share of the positions of an epoch's forward passes that are padding; 0 where rows lie end to end."""
+    lengths, grouping = lengths_of(job.rows), job.plan.grouping
+    if can_pack(job.model, longest=max(lengths)):
+        return 0.0
+    groups = grouping.epoch(lengths, job.plan.seed, 0)
+    return 1 - sum(lengths) / sum(len(group) * max(lengths[i] for i in group) for group in groups)
 
 
 def _samples(job: Job, before: Evaluation | None, after: Evaluation | None) -> list[dict[str, Any]]:

@@ -19,9 +19,10 @@ from lorakit.checkpoint.peft_format import fill_adapter, save_adapter
 from lorakit.checkpoint.resume import Source, environment, grade, newest_source, settings_of
 from lorakit.checkpoint.snapshot import prune, read_snapshot, snapshot_bytes, write_snapshot
 from lorakit.checkpoint.state import State
-from lorakit.errors import DivergedError, MemoryLimitError, ModelError, StorageError
+from lorakit.errors import DivergedError, LorakitError, MemoryLimitError, ModelError, StorageError
 from lorakit.evals.evaluate import Evaluation, evaluate
 from lorakit.evals.objective import batching
+from lorakit.evals.probes import Forgetting, probe_forgetting
 from lorakit.files import discard, low_space, write_json
 from lorakit.log import MetricsFile, logger
 from lorakit.models.memory import offloaded_state
@@ -71,6 +72,7 @@ class Run:
         self.budget = rank_allocator(job.model) if job.settings.use_adalora else None
         self.progress = Progress(scale=LossScale() if job.settings.precision == "fp16" else None)
         self.before: Evaluation | None = None  # the base model's scores
+        self.forgetting: Forgetting | None = None
         self.source: Source | None = None
         self.grade: str | None = None
         self._display: Display = make_display(job.plan.steps, None if self.world.first else self._silence())
@@ -108,6 +110,8 @@ class Run:
             try:
                 loop.run()
             except (Stopped, DivergedError, MemoryLimitError) as error:
+                if isinstance(error, LorakitError):
+                    self.metrics.write("error", step=self.progress.step, **error.to_dict())
                 # Without memory in the middle of a sharded pass, the ranks are at different points.
                 if self.strategy.recovers or not isinstance(error, MemoryLimitError):
                     self.save()
@@ -243,6 +247,7 @@ class Run:
         """Write what the run says about itself, and the merged model if a second stage trained all of it."""
         record = describe(self.job, self.before, after, started=started, status=status)
         record |= {"updates": self.progress.step, "resumed": self.grade}
+        record["forgetting"] = self.forgetting and self.forgetting.to_json()
         if self.world.first:
             self.metrics.settle()  # what is published must not outlive what it tells
             if self._unfrozen and status == "finished":
@@ -288,6 +293,17 @@ class Run:
         scores = evaluation.scores()
         self._record("eval", {"step": step, "seconds": time.monotonic() - start, **scores})
         return evaluation
+
+    def probe(self) -> None:
+        """Measure base and adapter on the neutral text, if there is one."""
+        job = self.job
+        if job.neutral is None:
+            return
+        size = job.settings.per_device_eval_batch_size
+        with attention(job.model, self._attention):
+            self.forgetting = probe_forgetting(
+                job.model, job.tokenizer, job.neutral, batch_size=size, poll=lambda: self.stop.poll(self.world)
+            )
 
     @contextlib.contextmanager
     def _merged(self, *, wanted: bool) -> Iterator[None]:
