@@ -200,7 +200,15 @@ class TestMachine:
     def test_machine(self) -> None:
         found = machine()
         assert found["device"] == hardware.device()
-        assert set(found["ops"]) == {"linear", "attention", "loss", "4 bits", "8 bits", "compiled passes"}
+        assert set(found["ops"]) == {
+            "linear",
+            "attention",
+            "loss",
+            "4 bits",
+            "8 bits",
+            "norm, gated, rotary",
+            "C++ passes",
+        }
         assert all(each["runs"] and each["why"] for each in found["ops"].values())
         assert 0 < found["memory_free_gb"] <= found["memory_gb"]
         assert len(found["enough_for"]) == 3

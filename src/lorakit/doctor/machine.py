@@ -81,8 +81,8 @@ def ops() -> dict[str, dict[str, str]]:
             "why": "saves x and x Aᵀ alone; the plain formula where autocast or a trained weight asks for it",
         },
         "attention": {
-            "runs": f"packed rows, dense products by length, softmax in {compiled} (llama, mistral, qwen2, qwen3); "
-            "else torch's SDPA",
+            "runs": f"packed rows, dense products by length, softmax in {compiled} "
+            "(llama, mistral, qwen2, qwen3); else torch's SDPA",
             "why": "no padding, and on a CPU a faster backward pass than the fused one",
         },
         "norm, gated, rotary": {
