@@ -17,7 +17,7 @@ from lorakit.data.order import Grouping, Order
 from lorakit.data.packing import best_fit
 from lorakit.evals.objective import batch_loss
 from lorakit.models import patch
-from lorakit.ops.attention import packed_attention, packed_attention_reference
+from lorakit.ops.attention import Scores, packed_attention, packed_attention_reference
 
 VOCABULARY, CAPACITY = 60, 64
 
@@ -63,23 +63,23 @@ def heads(seed: int, total: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize("seed", range(3))
 def test_each_segment_is_what_it_is_alone(seed: int) -> None:
     q, k, v = heads(seed, sum(LENGTHS))
-    together = packed_attention_reference(q, k, v, LENGTHS, 0.35)
+    together = packed_attention_reference(q, k, v, LENGTHS, Scores(0.35))
     for start, length in zip(itertools.accumulate(LENGTHS, initial=0), LENGTHS, strict=False):
         part = slice(start, start + length)
-        alone = packed_attention_reference(q[:, part], k[:, part], v[:, part], [length], 0.35)
+        alone = packed_attention_reference(q[:, part], k[:, part], v[:, part], [length], Scores(0.35))
         assert torch.equal(together[:, part], alone)
 
 
 @pytest.mark.parametrize("attention", [packed_attention_reference, packed_attention])
 def test_nothing_of_a_poisoned_segment_reaches_another(attention: type(packed_attention)) -> None:  # type: ignore[valid-type]
     q, k, v = heads(5, sum(LENGTHS))
-    clean = attention(q, k, v, LENGTHS, 0.35)
+    clean = attention(q, k, v, LENGTHS, Scores(0.35))
     for number, length in enumerate(LENGTHS):
         start = sum(LENGTHS[:number])
         poisoned = [x.clone() for x in (q, k, v)]
         for x in poisoned:
             x[:, start : start + length] = math.nan
-        found = attention(*poisoned, LENGTHS, 0.35)
+        found = attention(*poisoned, LENGTHS, Scores(0.35))
         assert found[:, start : start + length].isnan().all()
         assert torch.equal(found[:, :start], clean[:, :start])
         assert torch.equal(found[:, start + length :], clean[:, start + length :])

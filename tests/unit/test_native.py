@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lorakit.ops import native
-from lorakit.ops.attention import packed_attention, packed_attention_reference, rotate
+from lorakit.ops.attention import Scores, packed_attention, packed_attention_reference, rotate
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.gated import Act, gated, gated_reference
 from lorakit.ops.linear import _LoRALinear, _Update
@@ -86,13 +86,28 @@ def test_lora_linear(dtype: torch.dtype, shape: tuple[int, int, int, int], p: fl
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("turned", "how"),
+    [
+        (False, Scores(0.3)),
+        (True, Scores(0.3)),
+        (True, Scores(0.3, window=21)),
+        (False, Scores(0.3, window=290, cap=2.0)),
+        (True, Scores(0.3, cap=5.0)),
+    ],
+)
 @pytest.mark.parametrize(
     ("heads", "groups", "size", "lengths"),
-    [(6, 2, 16, (5, 9, 30, 1, 28)), (4, 4, 64, (300, 20, 290)), (9, 3, 64, (600,)), (2, 1, 24, (17, 16))],
+    [
+        (6, 2, 16, (5, 9, 30, 1, 28)),
+        (4, 4, 64, (300, 20, 290)),
+        (9, 3, 64, (600,)),
+        (2, 1, 24, (17, 16)),
+        (4, 1, 80, (1, 90)),
+    ],
 )
 def test_packed_attention(
-    dtype: torch.dtype, turned: bool, heads: int, groups: int, size: int, lengths: tuple[int, ...]
+    dtype: torch.dtype, turned: bool, how: Scores, heads: int, groups: int, size: int, lengths: tuple[int, ...]
 ) -> None:
     total = sum(lengths)
     q, k, v = (
@@ -101,10 +116,10 @@ def test_packed_attention(
     )
     angle = 6 * torch.rand(total, size // 2)
     angles = tuple(torch.cat([f(angle)] * 2, -1).to(dtype) for f in (torch.cos, torch.sin))
-    y, g = packed_attention(q, k, v, lengths, 0.3, angles if turned else None), torch.randn(heads, total, size)
+    y, g = packed_attention(q, k, v, lengths, how, angles if turned else None), torch.randn(heads, total, size)
     Q, K, V = wide(q, k, v)
     exact = [rotate(x, *(a.double() for a in angles)) if turned else x for x in (Q, K)]
-    Y = packed_attention_reference(*exact, V, lengths, 0.3)
+    Y = packed_attention_reference(*exact, V, lengths, how)
     expected = torch.autograd.grad(Y, (Q, K, V), g.double())
     close((y, *torch.autograd.grad(y, (q, k, v), g.to(dtype))), (Y, *expected), dtype, factor=1.5)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lorakit.ops import attention
-from lorakit.ops.attention import buckets, packed_attention, packed_attention_reference
+from lorakit.ops.attention import Scores, buckets, packed_attention, packed_attention_reference
 from lorakit.ops.linear import lora_linear, lora_linear_reference
 from lorakit.ops.loss import IGNORE, cross_entropy_sum
 
@@ -193,19 +193,22 @@ def attention_inputs(
 )
 def test_packed_attention_is_its_reference(lengths: list[int], groups: int, shared: int, seed: int) -> None:
     operands = attention_inputs(lengths, heads=groups * shared, groups=groups, seed=seed)
-    found = outputs_and_gradients(packed_attention, operands, lengths=lengths, scaling=0.37)
-    expected = outputs_and_gradients(packed_attention_reference, operands, lengths=lengths, scaling=0.37)
+    found = outputs_and_gradients(packed_attention, operands, lengths=lengths, how=Scores(0.37))
+    expected = outputs_and_gradients(packed_attention_reference, operands, lengths=lengths, how=Scores(0.37))
     assert set(found) == {"y", "q_HTD", "k_GTD", "v_GTD"}
     assert_same(found, expected, 1e-12)
 
 
 @pytest.mark.parametrize("tile", [1, 5, 16])
-def test_tiles_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, tile: int) -> None:
+@pytest.mark.parametrize(
+    "how", [Scores(0.4), Scores(0.4, window=6), Scores(0.4, cap=1.5), Scores(0.4, 11, 2.0)]
+)
+def test_tiles_of_queries_change_nothing(monkeypatch: pytest.MonkeyPatch, tile: int, how: Scores) -> None:
     monkeypatch.setattr(attention, "_TILE", tile)
     lengths = [16, 17, 3, 16, 40]
     operands = attention_inputs(lengths, heads=6, groups=2, seed=21)
-    found = outputs_and_gradients(packed_attention, operands, lengths=lengths, scaling=0.4)
-    expected = outputs_and_gradients(packed_attention_reference, operands, lengths=lengths, scaling=0.4)
+    found = outputs_and_gradients(packed_attention, operands, lengths=lengths, how=how)
+    expected = outputs_and_gradients(packed_attention_reference, operands, lengths=lengths, how=how)
     assert_same(found, expected, 1e-12)
 
 
@@ -223,7 +226,7 @@ def test_packed_attention_by_hand() -> None:
                 weights = torch.exp(0.5 * keys @ q[head, t])
                 expected[head, t] = weights @ values / weights.sum()
         start += length
-    found = packed_attention(q, k, v, lengths, 0.5)
+    found = packed_attention(q, k, v, lengths, Scores(0.5))
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -232,21 +235,21 @@ def test_segments_do_not_see_each_other(changed: int) -> None:
     """Other tokens in one segment leave the output of all others equal bit for bit."""
     lengths = [6, 9, 1, 30, 8]
     q, k, v = (t.detach() for t in attention_inputs(lengths, heads=4, groups=2, seed=11).values())
-    before = packed_attention(q, k, v, lengths, 0.5).split(lengths, 1)
+    before = packed_attention(q, k, v, lengths, Scores(0.5)).split(lengths, 1)
     start = sum(lengths[:changed])
     for tensor in (q, k, v):
         tensor[:, start : start + lengths[changed]] += 100
-    after = packed_attention(q, k, v, lengths, 0.5).split(lengths, 1)
+    after = packed_attention(q, k, v, lengths, Scores(0.5)).split(lengths, 1)
     for segment, (old, new) in enumerate(zip(before, after, strict=True)):
         assert torch.equal(old, new) == (segment != changed), segment
 
 
 def test_later_tokens_do_not_reach_earlier_ones() -> None:
     q, k, v = (t.detach() for t in attention_inputs([12], heads=2, groups=2, seed=12).values())
-    before = packed_attention(q, k, v, [12], 0.5)
+    before = packed_attention(q, k, v, [12], Scores(0.5))
     for tensor in (q, k, v):
         tensor[:, 7] += 100
-    after = packed_attention(q, k, v, [12], 0.5)
+    after = packed_attention(q, k, v, [12], Scores(0.5))
     assert torch.equal(before[:, :7], after[:, :7])
     assert not torch.equal(before[:, 7:], after[:, 7:])
 
@@ -255,7 +258,7 @@ def test_later_tokens_do_not_reach_earlier_ones() -> None:
 def test_lengths_must_add_up(lengths: list[int]) -> None:
     q, k, v = attention_inputs([11], heads=2, groups=1).values()
     with pytest.raises(ValueError, match=f"add up to {sum(lengths)}, but there are 11 tokens"):
-        packed_attention(q, k, v, lengths, 1.0)
+        packed_attention(q, k, v, lengths, Scores(1.0))
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)

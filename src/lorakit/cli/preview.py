@@ -116,7 +116,7 @@ def _look(settings: Resolved, rows: str | None, draw: int | None) -> tuple[Surve
     for _ in encoded(data.held_out):  # what the template refuses is told now
         pass
     found = survey(kept_if_wanted(), data.held_out, bad=data.training.bad, cutoff_len=settings.cutoff_len)
-    packs = _packs(source, max(lengths, default=0), trust_remote_code=settings.trust_remote_code)
+    packs = _packs(source, trust_remote_code=settings.trust_remote_code)
     capacity = settings.cutoff_len if settings.packing else None
     found = replace(found, batches=batches(lengths, can_pack=packs, capacity=capacity))
     longest = max((len(row.ids) for one in kept.values() for row in one.rows), default=0)
@@ -124,7 +124,7 @@ def _look(settings: Resolved, rows: str | None, draw: int | None) -> tuple[Surve
     return found, [show(tokenizer, data.samples[number], number, kept[number], pad_to) for number in wanted]
 
 
-def _packs(source: ModelSource, longest: int, *, trust_remote_code: bool) -> bool:
+def _packs(source: ModelSource, *, trust_remote_code: bool) -> bool:
     """Whether training can lay the rows end to end; asked of the architecture, without its weights."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -139,7 +139,7 @@ def _packs(source: ModelSource, longest: int, *, trust_remote_code: bool) -> boo
     auto: Any = AutoModelForCausalLM
     with quiet(), torch.device("meta"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        return can_pack(auto.from_config(config, trust_remote_code=trust_remote_code), longest)
+        return can_pack(auto.from_config(config, trust_remote_code=trust_remote_code))
 
 
 def _wanted(rows: str | None, draw: int | None, count: int, seed: int) -> list[int]:

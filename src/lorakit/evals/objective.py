@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from lorakit.data.collate import Batch, pack, pad
 from lorakit.data.encode import Row
-from lorakit.data.store import lengths_of
 from lorakit.errors import MemoryLimitError
 from lorakit.hardware import is_out_of_memory
 from lorakit.log import logger
@@ -61,7 +60,7 @@ def batching(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]
 ) -> Iterator[Collate]:
     """Within the block, the function that turns rows into batches which this model takes."""
-    if can_pack(model, longest=max(lengths_of(rows))):
+    if can_pack(model):
         with packed(model), fast(model, attention=True), loss_head(model):
             yield lambda chosen: pack(chosen).to(model.device)
     else:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.ops import native
-from lorakit.ops.attention import packed_attention
+from lorakit.ops.attention import Scores, packed_attention
 from lorakit.ops.gated import Act, gated
 from lorakit.ops.loss import linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
@@ -134,7 +134,8 @@ def _attention(
         q_THD, k_TGD = module.q_norm(q_THD), module.k_norm(k_TGD)
     angles = (position_embeddings[0][0], position_embeddings[1][0])
     turned = (x.transpose(0, 1) for x in (q_THD, k_TGD, v_TGD))
-    out_HTD = _outside_compiled(*turned, lengths, module.scaling, angles)
+    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
+    out_HTD = _outside_compiled(*turned, lengths, Scores(module.scaling, window or 0), angles)
     return module.o_proj(out_HTD.transpose(0, 1).reshape(1, total, -1)), None
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
-from lorakit.ops.attention import packed_attention
+from lorakit.ops.attention import Scores, packed_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,16 +22,17 @@ if TYPE_CHECKING:
 _NAME = "lorakit_packed"
 # Families whose only mixing of tokens is causal attention through the registry, with rotary positions from
 # position_ids. Each is tested: packed and padded give the same loss.
-PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+PACKABLE = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox"}
+)
 
 
-def can_pack(model: PreTrainedModel, longest: int) -> bool:
-    """Whether rows up to ``longest`` tokens may be laid end to end for this model."""
+def can_pack(model: PreTrainedModel) -> bool:
+    """Whether rows may be laid end to end for this model."""
     config = model.config.to_dict()
-    window = config.get("sliding_window")
     return (
         config["model_type"] in PACKABLE
-        and (window is None or window >= longest)
+        and not config.get("use_bidirectional_attention")
         and not config.get("attention_dropout")  # `packed_attention` has no dropout
     )
 
@@ -100,10 +101,11 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float,
     segment_lengths: _Segments | None = None,
-    **_unused: Any,
+    **given: Any,
 ) -> tuple[Tensor, None]:
     """[1, H, T, D] → [1, T, H, D], as every entry of the registry."""
     if segment_lengths is None:
         raise ModelError("a packed model was called without segment_lengths")
-    out_HTD = packed_attention(query[0], key[0], value[0], segment_lengths.lengths, scaling)
+    how = Scores(scaling, given.get("sliding_window") or 0, given.get("softcap") or 0.0)
+    out_HTD = packed_attention(query[0], key[0], value[0], segment_lengths.lengths, how)
     return out_HTD.transpose(0, 1)[None], None

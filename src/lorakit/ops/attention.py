@@ -1,9 +1,12 @@
 """Causal attention over packed segments: rows laid end to end, none of which sees another.
 
 A flat batch of T tokens holds S segments of lengths L_1 … L_S. `packed_attention_reference` is the
-definition: ordinary causal attention, one segment after the other. `packed_attention` gathers segments of
-similar length into dense batches and runs a few large matrix products instead of many small ones; on CPUs
-its backward pass is also faster than that of PyTorch's fused attention.
+definition: ordinary causal attention, one segment after the other. On CPUs with AVX-512 `packed_attention` is
+one C++ pass over the flat batch (attention.cpp); its scores never leave the cache. Elsewhere it gathers
+segments of similar length into dense batches and runs a few large matrix products instead of many small ones.
+
+A window w lets a query see itself and the w - 1 keys before it; a cap c makes each score c · tanh(score / c)
+(arXiv 2408.00118, §2). 0 is none of either.
 
 Shapes: q [H, T, D], k and v [G, T, D] with G key/value heads (H = G · groups), result [H, T, D].
 """
@@ -12,11 +15,10 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -27,19 +29,38 @@ _TILE = 256  # query rows of one product
 _MAX_SCORES = 64 * 1024 * 1024  # score elements of one bucket: H · S · L², 128 MB in bf16
 
 
+class Scores(NamedTuple):
+    """How a score comes from q and k."""
+
+    scaling: float
+    window: int = 0
+    cap: float = 0.0
+
+
 def packed_attention_reference(
-    q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], scaling: float
+    q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, lengths: Sequence[int], how: Scores
 ) -> Tensor:
-    """softmax(q kᵀ · scaling + causal mask) v within each segment."""
+    """softmax(scores of q and k + causal mask) v within each segment."""
     results = []
     sizes = list(lengths)
+    shared = len(q_HTD) // len(k_GTD)
     for q, k, v in zip(q_HTD.split(sizes, 1), k_GTD.split(sizes, 1), v_GTD.split(sizes, 1), strict=True):
-        results.append(
-            F.scaled_dot_product_attention(
-                q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=True
-            )[0]
-        )
+        k, v = (x.repeat_interleave(shared, 0) for x in (k, v))
+        scores = _capped(q @ k.transpose(1, 2) * how.scaling, how.cap)
+        results.append((scores + _mask(0, q.shape[1], how.window, q)).softmax(-1) @ v)
     return torch.cat(results, dim=1)
+
+
+def _capped(scores: Tensor, cap: float) -> Tensor:
+    return cap * torch.tanh(scores / cap) if cap else scores
+
+
+def _mask(start: int, stop: int, window: int, like: Tensor) -> Tensor:
+    """[stop - start, stop]: −∞ for the keys that the queries from ``start`` on do not see, else 0."""
+    unseen = torch.ones(stop - start, stop, dtype=torch.bool, device=like.device).triu(start + 1)
+    if window:
+        unseen |= ~torch.ones_like(unseen).triu(start + 1 - window)
+    return like.new_zeros(unseen.shape).masked_fill_(unseen, float("-inf"))
 
 
 def buckets(lengths: Sequence[int], heads: int) -> list[list[int]]:
@@ -92,24 +113,24 @@ def packed_attention(
     k_GTD: Tensor,
     v_GTD: Tensor,
     lengths: Sequence[int],
-    scaling: float,
+    how: Scores,
     angles: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """`packed_attention_reference`, computed in buckets of segments of similar length.
+    """`packed_attention_reference`, faster.
 
     ``angles`` are the cosines and sines [T, D] by which q and k are turned first (`rotate`).
     """
     heads, total, _ = q_HTD.shape
     if sum(lengths) != total:
         raise ValueError(f"segment lengths add up to {sum(lengths)}, but there are {total} tokens")
-    if native.fits(*(x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD)), *(angles or ())):
-        cos, sin = angles or (None, None)
-        out_HTD: Tensor = _PackedAttention.apply(q_HTD, k_GTD, v_GTD, cos, sin, tuple(lengths), scaling)
-        return out_HTD
+    operands = [x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD)]
+    if native.fits(*operands, *(angles or ())) and native.multiplies(q_HTD.dtype):
+        out_THD: Tensor = _PackedAttention.apply(*operands, *(angles or (None, None)), tuple(lengths), how)
+        return out_THD.transpose(0, 1)
     if angles is not None:
         q_HTD, k_GTD = rotate(q_HTD, *angles), rotate(k_GTD, *angles)
     found, place_T = _layout(tuple(lengths), heads, q_HTD.device)
-    parts = [_dense_causal(q_HTD, k_GTD, v_GTD, each.index_SL, scaling).flatten(1, 2) for each in found]
+    parts = [_dense_causal(q_HTD, k_GTD, v_GTD, each.index_SL, how).flatten(1, 2) for each in found]
     return torch.cat(parts, dim=1).index_select(1, place_T)
 
 
@@ -120,144 +141,79 @@ def rotate(x_HTD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
 
 
 class _PackedAttention(torch.autograd.Function):
-    """The same with C++ passes between the matrix products.
+    """The C++ pass. Beside its operands it keeps the result and one number a row of scores.
 
-    Only q, k, v and one number a row of scores are kept: the backward pass makes the scores again, so that
-    memory grows with the tokens and not with their square.
+    The result is kept anyhow by the projection that reads it: memory grows with the tokens, not their square.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        q_HTD: Tensor,
-        k_GTD: Tensor,
-        v_GTD: Tensor,
+        q_THD: Tensor,
+        k_TGD: Tensor,
+        v_TGD: Tensor,
         cos: Tensor | None,
         sin: Tensor | None,
         lengths: tuple[int, ...],
-        scaling: float,
+        how: Scores,
     ) -> Tensor:
-        heads, total, size = q_HTD.shape
-        out_THD = q_HTD.new_empty(total, heads, size)
-        found, _ = _layout(lengths, heads, q_HTD.device)
-        sums = []
-        for bucket in found:
-            q, k, v = _gathered(bucket, q_HTD, k_GTD, v_GTD, cos, sin)
-            out, lse = torch.empty_like(q), q.new_empty(q.shape[:2], dtype=torch.float32)
-            for rows, keys, start in _tiles(q, k):
-                weights = torch.bmm(q[:, rows], k[:, :keys].transpose(1, 2))
-                part = lse.new_empty(weights.shape[:2])
-                _scores("softmax_forward", (weights, part), q, k, start, scaling)
-                lse[:, rows] = part
-                out[:, rows] = torch.bmm(weights, v[:, :keys])
-            _scatter(bucket, out, out_THD, len(k_GTD))
-            sums.append(lse)
-        ctx.save_for_backward(q_HTD, k_GTD, v_GTD, cos, sin, *sums)
-        ctx.lengths, ctx.scaling = lengths, scaling
-        return out_THD.transpose(0, 1)
+        out_THD = torch.empty_like(q_THD)
+        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+        operands, described = (q_THD, k_TGD, v_TGD, cos, sin), _described(q_THD, k_TGD, lengths, how)
+        native.run("attention_forward", q_THD.dtype, *operands, out_THD, lse_TH, *described)
+        ctx.save_for_backward(*operands, out_THD, lse_TH)
+        ctx.lengths, ctx.how = lengths, how
+        return out_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q_HTD, k_GTD, v_GTD, cos, sin, *sums = ctx.saved_tensors
-        g_HTD = grads[0].transpose(0, 1).contiguous().transpose(0, 1)
-        results = [torch.empty_like(x.transpose(0, 1)) for x in (q_HTD, k_GTD, v_GTD)]
-        found, _ = _layout(ctx.lengths, len(q_HTD), q_HTD.device)
-        for bucket, lse in zip(found, sums, strict=True):
-            q, k, v = _gathered(bucket, q_HTD, k_GTD, v_GTD, cos, sin)
-            g = _gather(bucket, g_HTD, len(k_GTD))
-            tiles = list(_tiles(q, k))
-            wide = q.dtype if len(tiles) == 1 else torch.float32  # sums of many parts
-            gq, gk, gv = torch.empty_like(q), k.new_zeros(k.shape, dtype=wide), v.new_zeros(v.shape, dtype=wide)
-            for rows, keys, start in tiles:
-                weights = torch.bmm(q[:, rows], k[:, :keys].transpose(1, 2))
-                slopes = torch.bmm(g[:, rows], v[:, :keys].transpose(1, 2))
-                _scores(
-                    "softmax_backward", (weights, slopes, lse[:, rows].contiguous()), q, k, start, ctx.scaling
-                )
-                gv[:, :keys] += torch.bmm(weights.transpose(1, 2), g[:, rows])
-                gk[:, :keys] += torch.bmm(slopes.transpose(1, 2), q[:, rows])
-                gq[:, rows] = torch.bmm(slopes, k[:, :keys])
-            for padded, result, turned in zip((gq, gk, gv), results, (True, True, False), strict=True):
-                angles = (cos, sin) if turned else (None, None)
-                _scatter(bucket, padded.to(q.dtype), result, len(k_GTD), *angles)
-        return *(result.transpose(0, 1) for result in results), None, None, None, None
+        *operands, out_THD, lse_TH = ctx.saved_tensors
+        q_THD, k_TGD, v_TGD = operands[:3]
+        results = [torch.empty_like(x) for x in (q_THD, k_TGD, v_TGD)]
+        given = (grads[0].contiguous(), out_THD, lse_TH, *operands, *results)
+        described = _described(q_THD, k_TGD, ctx.lengths, ctx.how)
+        native.run("attention_backward", q_THD.dtype, *given, *described)
+        return *results, None, None, None, None
 
 
-def _tiles(q: Tensor, k: Tensor) -> Iterator[tuple[slice, int, int]]:
-    """Rows of q, the number of keys that they see, and their first query, tile by tile."""
-    longest, each = k.shape[1], q.shape[1] // k.shape[1]
-    for start in range(0, longest, _TILE):
-        stop = min(start + _TILE, longest)
-        yield slice(start * each, stop * each), stop, start
+def _described(q_THD: Tensor, k_TGD: Tensor, lengths: tuple[int, ...], how: Scores) -> tuple[Any, ...]:
+    """The segments and sizes, as the C++ passes take them."""
+    _, heads, size = q_THD.shape
+    causal = 1
+    sizes = (len(lengths), heads, k_TGD.shape[1], size, causal, how.window)
+    return _starts(lengths), *sizes, float(how.scaling), float(how.cap)
 
 
-def _scores(name: str, operands: tuple[Tensor, ...], q: Tensor, k: Tensor, start: int, scaling: float) -> None:
-    """A pass over the scores of one tile."""
-    batch, rows, keys = operands[0].shape
-    each = q.shape[1] // k.shape[1]
-    native.run(name, q.dtype, *operands, batch * rows, keys, rows, each, start, 0, float(scaling))
+@functools.lru_cache(maxsize=16)
+def _starts(lengths: tuple[int, ...]) -> Tensor:
+    """Where the segments start, and the end of the last."""
+    return torch.tensor([0, *itertools.accumulate(lengths)])
 
 
-def _gathered(
-    bucket: _Bucket, q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, cos: Tensor | None, sin: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a bucket, padded, the first two turned."""
-    groups = len(k_GTD)
-    return (
-        _gather(bucket, q_HTD, groups, cos, sin),
-        _gather(bucket, k_GTD, groups, cos, sin),
-        _gather(bucket, v_GTD, groups),
-    )
-
-
-def _gather(
-    bucket: _Bucket, x_HTD: Tensor, groups: int, cos: Tensor | None = None, sin: Tensor | None = None
-) -> Tensor:
-    """[G · S, L · H/G, D]: the heads that share a key head are rows of one matrix."""
-    heads, _, size = x_HTD.shape
-    segments, longest = bucket.index_SL.shape
-    to = x_HTD.new_empty(groups * segments, longest * heads // groups, size)
-    strides = (x_HTD.stride(1), x_HTD.stride(0))
-    shape = (segments, longest, heads, groups, size)
-    native.run("gather", x_HTD.dtype, x_HTD, *strides, to, bucket.index_SL, bucket.lengths_S, *shape, cos, sin)
-    return to
-
-
-def _scatter(
-    bucket: _Bucket,
-    x: Tensor,
-    to_THD: Tensor,
-    groups: int,
-    cos: Tensor | None = None,
-    sin: Tensor | None = None,
-) -> None:
-    """The other way, angles taken back."""
-    _, heads, size = to_THD.shape
-    shape = (*bucket.index_SL.shape, heads, groups, size)
-    strides = (to_THD.stride(0), to_THD.stride(1))
-    native.run("scatter", x.dtype, x, to_THD, *strides, bucket.index_SL, bucket.lengths_S, *shape, cos, sin)
-
-
-def _dense_causal(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, index_SL: Tensor, scaling: float) -> Tensor:
+def _dense_causal(q_HTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, index_SL: Tensor, how: Scores) -> Tensor:
     """Causal attention of one bucket: [H, S, L, D]. Key heads are shared by views, never copied.
 
     Query heads that share a key head become more query rows of that head: one product for all of them. Long
     segments go in tiles of queries, which need no keys beyond their own end.
     """
     heads, groups = q_HTD.shape[0], k_GTD.shape[0]
+    shared = heads // groups
     segments, longest = index_SL.shape
     flat = index_SL.reshape(-1)
-    q = q_HTD.index_select(1, flat).view(groups, heads // groups, segments, longest, -1).transpose(1, 2)
+    q = q_HTD.index_select(1, flat).view(groups, shared, segments, longest, -1).transpose(1, 2)
     k, v = (x.index_select(1, flat).view(groups * segments, longest, -1) for x in (k_GTD, v_GTD))
     tiles = []
     for start in range(0, longest, _TILE):
         stop = min(start + _TILE, longest)
-        rows = q[:, :, :, start:stop].reshape(groups * segments, (heads // groups) * (stop - start), -1)
-        # −∞ for the keys after a query, the same for each head; added by the product itself.
-        future = torch.full((stop - start, stop), float("-inf"), dtype=q.dtype, device=q.device).triu(start + 1)
-        future = future.repeat(heads // groups, 1).expand(groups * segments, -1, -1)
-        weights = torch.baddbmm(future, rows, k[:, :stop].transpose(1, 2), alpha=scaling).softmax(-1)
-        tiles.append((weights @ v[:, :stop]).view(groups, segments, heads // groups, stop - start, -1))
-    out = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
-    return out.transpose(1, 2).reshape(heads, segments, longest, -1)
+        rows = q[:, :, :, start:stop].reshape(groups * segments, shared * (stop - start), -1)
+        unseen = _mask(start, stop, how.window, q).repeat(shared, 1).expand(groups * segments, -1, -1)
+        keys = k[:, :stop].transpose(1, 2)
+        if how.cap:
+            scores = _capped(torch.bmm(rows, keys) * how.scaling, how.cap) + unseen
+        else:  # the product itself adds the mask
+            scores = torch.baddbmm(unseen, rows, keys, alpha=how.scaling)
+        out = scores.softmax(-1) @ v[:, :stop]
+        tiles.append(out.view(groups, segments, shared, stop - start, -1))
+    result = tiles[0] if len(tiles) == 1 else torch.cat(tiles, dim=3)
+    return result.transpose(1, 2).reshape(heads, segments, longest, -1)

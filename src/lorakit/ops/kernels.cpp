@@ -4,115 +4,9 @@
 // float32 (dtype 0) or bfloat16 (dtype 1) and are computed in float32. Matrices are row-major. The formulas are
 // those of the plain PyTorch references in ops/, which the tests compare with.
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <vector>
-#ifdef __AVX512BW__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
-
-constexpr int W = 16;  // numbers of a vector; compilers split it where registers are narrower
-typedef float vf __attribute__((vector_size(64)));
-typedef uint32_t vu __attribute__((vector_size(64)));
-typedef int32_t vi __attribute__((vector_size(64)));
-typedef uint16_t vh __attribute__((vector_size(32)));
-typedef int8_t vb __attribute__((vector_size(16)));
-
-struct bf16 { uint16_t bits; };
-
-const vu STEPS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-inline vf splat(float x) { return vf{} + x; }
-
-inline vf load(const float* p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
-inline vf load(const bf16* p) {
-    vh h; std::memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
-}
-inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
-inline void store(bf16* p, vf v) {
-#ifdef __AVX512BF16__
-    __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(p, &h, sizeof h);
-#else
-    vu u = (vu)v;
-    vu even = u + 0x7fff + ((u >> 16) & 1);  // round to nearest, ties to even; NaN stays NaN
-    u = ((v == v) ? even : (vu)(vi{} + 0x7fc00000)) >> 16;
-    vh h = __builtin_convertvector(u, vh);
-    std::memcpy(p, &h, sizeof h);
-#endif
-}
-#ifdef __AVX512BW__
-inline __mmask16 places(long n) { return (__mmask16)((1u << n) - 1); }
-inline vf load(const float* p, long n) { return n >= W ? load(p) : (vf)_mm512_maskz_loadu_ps(places(n), p); }
-inline vf load(const bf16* p, long n) {
-    if (n >= W) return load(p);
-    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(places(n), p)), 16);
-}
-#endif
-template <class T> inline vf load(const T* p, long n) {  // the first n of a vector, the rest 0
-    if (n >= W) return load(p);
-    T part[W] = {};
-    std::memcpy(part, p, n * sizeof(T));
-    return load(part);
-}
-#ifdef __AVX512BW__
-inline void store(float* p, vf v, long n) { _mm512_mask_storeu_ps(p, places(std::min<long>(n, W)), (__m512)v); }
-#endif
-template <class T> inline void store(T* p, vf v, long n) {
-    if (n >= W) return store(p, v);
-    T part[W];
-    store(part, v);
-    std::memcpy(p, part, n * sizeof(T));
-}
-#ifdef __AVX512F__
-inline float total(vf v) { return _mm512_reduce_add_ps((__m512)v); }
-inline float largest(vf v) { return _mm512_reduce_max_ps((__m512)v); }
-#else
-inline float total(vf v) {  // pairs first: fewer additions wait for each other
-    float part[W];
-    std::memcpy(part, &v, sizeof v);
-    for (int half = W / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) part[j] += part[j + half];
-    return part[0];
-}
-inline float largest(vf v) {
-    float part[W];
-    std::memcpy(part, &v, sizeof v);
-    for (int half = W / 2; half; half /= 2)
-        for (int j = 0; j < half; j++) part[j] = part[j] > part[j + half] ? part[j] : part[j + half];
-    return part[0];
-}
-#endif
-inline vf larger(vf a, vf b) { return (a > b) ? a : b; }
-inline vf magnitude(vf v) { return (vf)((vu)v & 0x7fffffff); }
-inline vf first(vf v, long n, float other) {  // `other` in all places from n on
-    return n >= W ? v : (((vi)STEPS < (int)n) ? v : splat(other));
-}
-
-// e^x to 2 units in the last place (range reduction and Taylor polynomial); 0 below -87.3, NaN stays NaN.
-inline vf exponential(vf x) {
-    const vf magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to whole numbers
-    vi under = x < splat(-87.33f);
-    x = (x > splat(88.72f)) ? splat(88.72f) : x;
-    vf t = x * 1.44269504f + magic;
-    vi n = (vi)t - (vi)magic;
-    vf whole = t - magic;
-    vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-    vf p = r * (1.f / 5040) + (1.f / 720);
-    p = p * r + (1.f / 120);
-    p = p * r + (1.f / 24);
-    p = p * r + (1.f / 6);
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.f;
-    vf scaled = p * (vf)((n + 127) << 23);
-    return under ? splat(0.f) : scaled;
-}
-inline vf sigmoid(vf x) { return 1.f / (1.f + exponential(-x)); }
 
 // Dropout's mask: element `at` is kept if its 16 random bits are not below `threshold`. The bits are a hash of the
 // position (two rounds of Wellons' lowbias32), one 32-bit hash for each two elements: no state, any order.
@@ -149,10 +43,6 @@ inline void row_factors(const Mask& mask, uint64_t row, long width, float* out) 
         store(out + b * 2 * W + W, high);
     }
 }
-
-#define ROWS_IN_PARALLEL _Pragma("omp parallel for num_threads(threads) schedule(static)")
-#define FOR_EITHER(dtype, call) \
-    if ((dtype) == 0) { typedef float T; call; } else { typedef bf16 T; call; }
 
 // -------------------------------------------------------------------------------------------------- RMSNorm
 
@@ -413,115 +303,6 @@ template <class T> void dropout(const T* x, T* y, long rows, long width, Mask ma
     }
 }
 
-// ------------------------------------------------------------------------------------- attention's passes
-
-// One head's vector, turned by the angles of its place (halves (a, b) -> (a cos - b sin, b cos + a sin)), or by
-// their negatives; without angles copied.
-template <class T>
-inline void turn(const T* from, T* to, const T* cos, const T* sin, long size, float sign) {
-    if (!cos) { std::memcpy(to, from, size * sizeof(T)); return; }
-    const long half = size / 2;
-    for (long j = 0; j < half; j += W) {
-        const long left = half - j;
-        const vf a = load(from + j, left), b = load(from + half + j, left);
-        store(to + j, a * load(cos + j, left) - sign * b * load(sin + j, left), left);
-        store(to + half + j, b * load(cos + half + j, left) + sign * a * load(sin + half + j, left), left);
-    }
-}
-
-// Tokens [T, heads, size] (strides of tokens and heads) -> padded [groups, S, L, heads / groups, size].
-// `index` [S, L] has each place's token; places from `lengths`[s] on are padding, filled with zeros.
-template <class T>
-void gather(const T* from, long token_stride, long head_stride, T* to, const int64_t* index, const int64_t* lengths,
-            long segments, long longest, long heads, long groups, long size, const T* cos, const T* sin, int threads) {
-    const long each = heads / groups;
-    ROWS_IN_PARALLEL
-    for (long place = 0; place < segments * longest; place++) {
-        const long s = place / longest, l = place % longest, t = index[place];
-        for (long head = 0; head < heads; head++) {
-            const long row = (((head / each) * segments + s) * longest + l) * each + head % each;
-            if (l >= lengths[s]) std::memset((void*)(to + row * size), 0, size * sizeof(T));
-            else turn(from + t * token_stride + head * head_stride, to + row * size, cos ? cos + t * size : nullptr,
-                      sin ? sin + t * size : nullptr, size, 1.f);
-        }
-    }
-}
-
-// The other way; padding is not read.
-template <class T>
-void scatter(const T* from, T* to, long token_stride, long head_stride, const int64_t* index, const int64_t* lengths,
-             long segments, long longest, long heads, long groups, long size, const T* cos, const T* sin, int threads) {
-    const long each = heads / groups;
-    ROWS_IN_PARALLEL
-    for (long place = 0; place < segments * longest; place++) {
-        const long s = place / longest, l = place % longest, t = index[place];
-        if (l >= lengths[s]) continue;
-        for (long head = 0; head < heads; head++) {
-            const long row = (((head / each) * segments + s) * longest + l) * each + head % each;
-            turn(from + row * size, to + t * token_stride + head * head_stride, cos ? cos + t * size : nullptr,
-                 sin ? sin + t * size : nullptr, size, -1.f);
-        }
-    }
-}
-
-// Which keys a row of scores sees. Each matrix has the queries from `start` on, `each` rows a query, `rows` in all; a
-// query sees keys up to its own, at most `window` of them (0: all).
-struct Seen {
-    long rows, each, start, window;
-    inline long end(long row) const { return start + row % rows / each + 1; }
-    inline long begin(long row) const { return window ? std::max(0L, end(row) - window) : 0; }
-};
-
-template <class T>
-void softmax_forward(T* scores, float* lse, long rows, long keys, Seen seen, float scaling, int threads) {
-    ROWS_IN_PARALLEL
-    for (long n = 0; n < rows; n++) {
-        T* a = scores + n * keys;
-        const long low = seen.begin(n), high = seen.end(n);
-        vf most = splat(-INFINITY);
-        for (long j = low; j < high; j += W) most = larger(first(load(a + j, high - j), high - j, -INFINITY), most);
-        const float top = largest(most) * scaling;
-        vf sums = {};
-        for (long j = low; j < high; j += W) {
-            const long left = high - j;
-            sums += first(exponential(load(a + j, left) * scaling - top), left, 0.f);
-        }
-        const float sum = total(sums), inverse = 1.f / sum;
-        lse[n] = top + std::log(sum);
-        for (long j = low; j < high; j += W)
-            store(a + j, exponential(load(a + j, high - j) * scaling - top) * inverse, high - j);
-        std::memset((void*)a, 0, low * sizeof(T));
-        std::memset((void*)(a + high), 0, (keys - high) * sizeof(T));
-    }
-}
-
-// Scores become probabilities p again, and their gradients dp become those of the scores: p (dp - sum p dp) scaling.
-template <class T>
-void softmax_backward(T* scores, T* grads, const float* lse, long rows, long keys, Seen seen, float scaling, int threads) {
-    ROWS_IN_PARALLEL
-    for (long n = 0; n < rows; n++) {
-        T *a = scores + n * keys, *b = grads + n * keys;
-        const long low = seen.begin(n), high = seen.end(n);
-        const float shift = lse[n];
-        vf along = {};
-        for (long j = low; j < high; j += W) {
-            const long left = high - j;
-            const vf p = first(exponential(load(a + j, left) * scaling - shift), left, 0.f);
-            along += p * load(b + j, left);
-            store(a + j, p, left);
-        }
-        const float mean = total(along);
-        for (long j = low; j < high; j += W) {
-            const long left = high - j;
-            store(b + j, load(a + j, left) * (load(b + j, left) - mean) * scaling, left);
-        }
-        for (T* row : {a, b}) {
-            std::memset((void*)row, 0, low * sizeof(T));
-            std::memset((void*)(row + high), 0, (keys - high) * sizeof(T));
-        }
-    }
-}
-
 // ------------------------------------------------------------------------------------------- cross entropy
 
 // loss = lse - (1 - e) logit[label] - e mean(logits) + z lse^2, and the logits become its slope. A cap c makes each logit
@@ -598,76 +379,54 @@ void rescale(const int32_t* sums, const float* step, const float* scale, T* y, l
 
 }  // namespace
 
-#define EXPORT extern "C" __attribute__((visibility("default"))) void
-
-EXPORT lorakit_rms_forward(int dtype, const void* x, const void* w, void* y, float* inverse, long rows, long width,
+EXPORT void lorakit_rms_forward(int dtype, const void* x, const void* w, void* y, float* inverse, long rows, long width,
                            float eps, float offset, int threads) {
     FOR_EITHER(dtype, rms_forward((const T*)x, (const T*)w, (T*)y, inverse, rows, width, eps, offset, threads))
 }
-EXPORT lorakit_rms_backward(int dtype, const void* g, const void* x, const void* w, const float* inverse, void* gx,
+EXPORT void lorakit_rms_backward(int dtype, const void* g, const void* x, const void* w, const float* inverse, void* gx,
                             long rows, long width, float offset, int threads) {
     FOR_EITHER(dtype, rms_backward((const T*)g, (const T*)x, (const T*)w, inverse, (T*)gx, rows, width, offset, threads))
 }
-EXPORT lorakit_gated_forward(int dtype, long kind, const void* gate, const void* up, void* out, long rows, long width,
+EXPORT void lorakit_gated_forward(int dtype, long kind, const void* gate, const void* up, void* out, long rows, long width,
                              long stride, int threads) {
     FOR_EITHER(dtype, gated_forward((int)kind, (const T*)gate, (const T*)up, (T*)out, rows, width, stride, threads))
 }
-EXPORT lorakit_gated_backward(int dtype, long kind, const void* g, const void* gate, const void* up, void* g_gate,
+EXPORT void lorakit_gated_backward(int dtype, long kind, const void* g, const void* gate, const void* up, void* g_gate,
                               void* g_up, long rows, long width, long stride, int threads) {
     FOR_EITHER(dtype, gated_backward((int)kind, (const T*)g, (const T*)gate, (const T*)up, (T*)g_gate, (T*)g_up, rows,
                                      width, stride, threads))
 }
-EXPORT lorakit_lora_down(int dtype, const void* x, const float* A, float* h, long rows, long width, long rank,
+EXPORT void lorakit_lora_down(int dtype, const void* x, const float* A, float* h, long rows, long width, long rank,
                          long low, long high, long threshold, float scale, int threads) {
     FOR_EITHER(dtype, lora_down((const T*)x, A, h, rows, width, (int)rank, mask_of(low, high, threshold, scale), threads))
 }
-EXPORT lorakit_lora_up(int dtype, void* y, const float* h, const float* Bt, long rows, long width, long rank,
+EXPORT void lorakit_lora_up(int dtype, void* y, const float* h, const float* Bt, long rows, long width, long rank,
                        float scale, int threads) {
     FOR_EITHER(dtype, lora_up((T*)y, h, Bt, rows, width, (int)rank, scale, threads))
 }
-EXPORT lorakit_lora_up_back(int dtype, const void* g, const float* h, const float* Bt, float* gh, float* gBt, long rows,
+EXPORT void lorakit_lora_up_back(int dtype, const void* g, const float* h, const float* Bt, float* gh, float* gBt, long rows,
                             long width, long rank, float scale, int threads) {
     FOR_EITHER(dtype, lora_up_back((const T*)g, h, Bt, gh, gBt, rows, width, (int)rank, scale, threads))
 }
-EXPORT lorakit_lora_down_back(int dtype, void* gx, const void* x, const float* A, const float* gh, float* gA, long rows,
+EXPORT void lorakit_lora_down_back(int dtype, void* gx, const void* x, const float* A, const float* gh, float* gA, long rows,
                               long width, long rank, long low, long high, long threshold, float scale,
                               int threads) {
     FOR_EITHER(dtype, lora_down_back((T*)gx, (const T*)x, A, gh, gA, rows, width, (int)rank,
                                      mask_of(low, high, threshold, scale), threads))
 }
-EXPORT lorakit_dropout(int dtype, const void* x, void* y, long rows, long width, uint32_t low, uint32_t high,
+EXPORT void lorakit_dropout(int dtype, const void* x, void* y, long rows, long width, uint32_t low, uint32_t high,
                        uint32_t threshold, float scale, int threads) {
     FOR_EITHER(dtype, dropout((const T*)x, (T*)y, rows, width, mask_of(low, high, threshold, scale), threads))
 }
-EXPORT lorakit_gather(int dtype, const void* from, long token_stride, long head_stride, void* to, const int64_t* index,
-                      const int64_t* lengths, long segments, long longest, long heads, long groups, long size, const void* cos,
-                      const void* sin, int threads) {
-    FOR_EITHER(dtype, gather((const T*)from, token_stride, head_stride, (T*)to, index, lengths, segments, longest, heads, groups,
-                             size, (const T*)cos, (const T*)sin, threads))
-}
-EXPORT lorakit_scatter(int dtype, const void* from, void* to, long token_stride, long head_stride, const int64_t* index,
-                       const int64_t* lengths, long segments, long longest, long heads, long groups, long size,
-                       const void* cos, const void* sin, int threads) {
-    FOR_EITHER(dtype, scatter((const T*)from, (T*)to, token_stride, head_stride, index, lengths, segments, longest, heads,
-                              groups, size, (const T*)cos, (const T*)sin, threads))
-}
-EXPORT lorakit_softmax_forward(int dtype, void* scores, float* lse, long rows, long keys, long tile, long each,
-                               long start, long window, float scaling, int threads) {
-    FOR_EITHER(dtype, softmax_forward((T*)scores, lse, rows, keys, Seen{tile, each, start, window}, scaling, threads))
-}
-EXPORT lorakit_softmax_backward(int dtype, void* scores, void* grads, const float* lse, long rows, long keys, long tile,
-                                long each, long start, long window, float scaling, int threads) {
-    FOR_EITHER(dtype, softmax_backward((T*)scores, (T*)grads, lse, rows, keys, Seen{tile, each, start, window}, scaling, threads))
-}
-EXPORT lorakit_cross_entropy(int dtype, void* logits, const int64_t* labels, float* loss, long rows, long words,
+EXPORT void lorakit_cross_entropy(int dtype, void* logits, const int64_t* labels, float* loss, long rows, long words,
                              float cap, float smoothing, float z, int threads) {
     FOR_EITHER(dtype, cross_entropy((T*)logits, labels, loss, rows, words, cap, smoothing, z, threads))
 }
-EXPORT lorakit_quantise_rows(int dtype, const void* x, const float* weigh, int8_t* codes, float* step, long rows,
+EXPORT void lorakit_quantise_rows(int dtype, const void* x, const float* weigh, int8_t* codes, float* step, long rows,
                              long width, int threads) {
     FOR_EITHER(dtype, quantise_rows((const T*)x, weigh, codes, step, rows, width, threads))
 }
-EXPORT lorakit_rescale(int dtype, const int32_t* sums, const float* step, const float* scale, void* y, long rows,
+EXPORT void lorakit_rescale(int dtype, const int32_t* sums, const float* step, const float* scale, void* y, long rows,
                        long width, int threads) {
     FOR_EITHER(dtype, rescale(sums, step, scale, (T*)y, rows, width, threads))
 }

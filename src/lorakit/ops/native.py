@@ -1,4 +1,4 @@
-"""The C++ passes of kernels.cpp: compiled once on this machine, called with the addresses of tensors.
+"""C++ passes (kernels.cpp, attention.cpp): compiled once on this machine, called with the addresses of tensors.
 
 PyTorch computes ``x * rsqrt(mean(x²) + ε) * w`` in five passes over memory, on a CPU at a tenth of the speed
 that one pass has; decisions/0019 shows what that costs in a step. Whoever calls has a plain PyTorch version
@@ -29,7 +29,9 @@ from lorakit.errors import StorageError
 from lorakit.files import cache_folder, write_with
 from lorakit.log import logger
 
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_FOLDER = Path(__file__).parent
+_SOURCES = [_FOLDER / "kernels.cpp", _FOLDER / "attention.cpp"]
+_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "tiles.h"]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SECONDS = 120  # of a compilation
@@ -41,6 +43,12 @@ def fits(*tensors: Tensor | None) -> bool:
     same = len({tensor.dtype for tensor in given}) == 1 and given[0].dtype in _DTYPES
     plain = all(tensor.device.type == "cpu" and tensor.is_contiguous() for tensor in given)
     return same and plain and not torch.compiler.is_compiling() and library() is not None
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether this processor has the vectors for which matrix products in C++ pay."""
+    wanted = "avx512_bf16" if dtype == torch.bfloat16 else "avx512f"
+    return wanted in hardware.cpu_flags()
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
@@ -75,11 +83,16 @@ def library() -> ctypes.CDLL | None:
 
 def _built(compiler: str) -> Path:
     """The library's file, made if it is not there; several processes may do so at once."""
-    described = [_SOURCE.read_text(), *_FLAGS, compiler, *sorted(hardware.cpu_flags())]
+    described = [
+        *(path.read_text() for path in _SOURCES + _HEADERS),
+        *_FLAGS,
+        compiler,
+        *sorted(hardware.cpu_flags()),
+    ]
     name = hashlib.sha256("\0".join(described).encode()).hexdigest()[:16]
     target = cache_folder() / "native" / f"{name}.so"
     if not target.exists():
-        command = [compiler, *_FLAGS, str(_SOURCE), "-o"]
+        command = [compiler, *_FLAGS, *map(str, _SOURCES), "-o"]
         limits: dict[str, Any] = {"check": True, "capture_output": True, "text": True, "timeout": _SECONDS}
         write_with(target, lambda aside: subprocess.run([*command, str(aside)], **limits))
     return target

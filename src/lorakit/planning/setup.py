@@ -26,7 +26,9 @@ Pattern = tuple[tuple[str, int], ...]
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 # Families that lorakit trains on rows laid end to end (`lorakit.models.patch.PACKABLE`).
-PACKABLE = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+PACKABLE = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox"}
+)
 _RANKS, _BITS = (1, 4096), (4, 8, 16, 32)
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "method": get_args(Method), "bits": _BITS, "optimizer": get_args(OptimizerName),

@@ -117,7 +117,7 @@ def build(
     check_vocabulary(model, tokenizer)
     base, bound_to = weights_fingerprint(model), fingerprint(model)
     lengths = lengths_of(rows)
-    _check(settings, model, max(lengths), ranks)
+    _check(settings, model, ranks)
     search = settings.auto_find_batch_size and batch is None
     if batch is None or not settings.auto_find_batch_size:
         batch = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
@@ -147,9 +147,9 @@ def _load(settings: Resolved, source: ModelSource) -> PreTrainedModel:
     )
 
 
-def _check(settings: Resolved, model: PreTrainedModel, longest: int, ranks: int) -> None:
+def _check(settings: Resolved, model: PreTrainedModel, ranks: int) -> None:
     """Refuse what model or ranks do not allow."""
-    if settings.packing and not can_pack(model, longest):
+    if settings.packing and not can_pack(model):
         raise ModelError(
             f"packing: rows of a {model.config.model_type} model cannot be kept from seeing each other",
             remedy="remove packing; group_by_length: true also saves padding",

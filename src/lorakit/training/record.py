@@ -120,7 +120,7 @@ def _adapter(model: nn.Module) -> dict[str, Any]:
 def _padding(job: Job) -> float:
     """Share of the positions of an epoch's forward passes that are padding; 0 where rows lie end to end."""
     lengths, grouping = lengths_of(job.rows), job.plan.grouping
-    if can_pack(job.model, longest=max(lengths)):
+    if can_pack(job.model):
         return 0.0
     groups = grouping.epoch(lengths, job.plan.seed, 0)
     return 1 - sum(lengths) / sum(len(group) * max(lengths[i] for i in group) for group in groups)
