@@ -119,14 +119,15 @@ def assert_packing_is_exact(model: PreTrainedModel, rows: list[Row]) -> None:
     before = model.config._attn_implementation
     with packed(model):
         found, grads = loss_and_gradients(model, pack(rows))
+    exact = 1e-6 if model.config.model_type == "gemma2" else 1e-9  # transformers' softmax for it is in float32
     assert model.config._attn_implementation == before
-    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
+    assert found.item() == pytest.approx(expected.item(), rel=exact)
     assert grads.keys() == expected_grads.keys()
     projections = 4 if model.config.model_type in {"phi3", "gpt_neox"} else 7
     assert len(grads) == 2 * projections * 2  # A and B of each in two blocks
     for name, grad in grads.items():
         assert expected_grads[name].norm() > 0, name
-        assert (grad - expected_grads[name]).norm() <= 1e-9 * expected_grads[name].norm(), name
+        assert (grad - expected_grads[name]).norm() <= exact * expected_grads[name].norm(), name
     again, _ = loss_and_gradients(model, pad(rows[:1], Tokenizer.pad_token_id))
     assert torch.equal(again, alone[0][0])
 

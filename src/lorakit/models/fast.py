@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lorakit.ops import native
 from lorakit.ops.attention import Scores, packed_attention
 from lorakit.ops.gated import Act, gated
-from lorakit.ops.loss import linear_cross_entropy_sum
+from lorakit.ops.loss import Softening, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
 
 if TYPE_CHECKING:
@@ -54,10 +54,26 @@ def loss_head(model: PreTrainedModel) -> Iterator[None]:
     """Within the block, the frozen output head gives the summed loss where `targets` are known."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear and head.bias is None and not head._forward_hooks:
-        with _replaced(head, functools.partial(_loss_or_logits, head, head.forward)):
+        with (
+            _uncapped(model) as cap,
+            _replaced(head, functools.partial(_loss_or_logits, head, head.forward, cap)),
+        ):
             yield
     else:
         yield
+
+
+@contextlib.contextmanager
+def _uncapped(model: PreTrainedModel) -> Iterator[float]:
+    """The model's cap of its logits, which it leaves to the block: it would cap the loss."""
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    if cap:
+        model.config.final_logit_softcapping = None
+    try:
+        yield cap or 0.0
+    finally:
+        if cap:
+            model.config.final_logit_softcapping = cap
 
 
 @contextlib.contextmanager
@@ -142,8 +158,9 @@ def _attention(
 _outside_compiled = torch.compiler.disable(packed_attention)  # else compiled anew for each layout
 
 
-def _loss_or_logits(head: nn.Linear, logits: Callable[[Tensor], Tensor], x_BND: Tensor) -> Tensor:
+def _loss_or_logits(head: nn.Linear, logits: Callable[[Tensor], Tensor], cap: float, x_BND: Tensor) -> Tensor:
     labels_N = _targets.get()
     if labels_N is None or head.weight.requires_grad or x_BND.dtype != head.weight.dtype:
-        return logits(x_BND)
-    return linear_cross_entropy_sum(x_BND[0], head.weight, labels_N)
+        found = logits(x_BND)
+        return cap * torch.tanh(found / cap) if cap else found
+    return linear_cross_entropy_sum(x_BND[0], head.weight, labels_N, Softening(cap))
