@@ -30,6 +30,7 @@ from lorakit import add_lora_to_model, hardware
 from lorakit.data.collate import Batch, pack
 from lorakit.data.encode import Row
 from lorakit.files import write_json, write_text
+from lorakit.models.fast import fast, loss_head
 from lorakit.models.patch import packed
 from lorakit.optim.build import build_optimizer
 from lorakit.optim.spec import OptimizerSpec
@@ -144,6 +145,8 @@ def race(models: dict[str, PreTrainedModel], tokens: int, rounds: int) -> dict[s
 
 def stepper(stack: contextlib.ExitStack, model: PreTrainedModel) -> Callable[[Batch], float]:
     """A function that trains one step and returns its loss."""
+    stack.enter_context(fast(model, attention=True))
+    stack.enter_context(loss_head(model))
     stack.enter_context(packed(model))
     strategy = Strategy(model, build_optimizer(model, OptimizerSpec("adamw_torch", 1e-3)), World())
     return lambda rows: train_step(strategy, [rows], 1.0).loss

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import native
+from lorakit.ops import int8, native
 from lorakit.ops.attention import Scores, packed_attention, packed_attention_reference, rotate
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.gated import Act, gated, gated_reference
@@ -122,6 +122,27 @@ def test_packed_attention(
     Y = packed_attention_reference(*exact, V, lengths, how)
     expected = torch.autograd.grad(Y, (Q, K, V), g.double())
     close((y, *torch.autograd.grad(y, (q, k, v), g.to(dtype))), (Y, *expected), dtype, factor=1.5)
+
+
+@pytest.mark.parametrize("shape", [(33, 520, 640), (70, 576, 520), (128, 1000, 530), (1, 512, 512)])
+def test_integer_products(shape: tuple[int, int, int]) -> None:
+    """Against the same roundings by hand, multiplied in float64."""
+    rows, width, outputs = shape
+    x, g = torch.randn(rows, width, dtype=torch.bfloat16), torch.randn(rows, outputs, dtype=torch.bfloat16)
+    x[:, 7] *= 40
+    codes, scale = torch.randint(-127, 128, (outputs, width), dtype=torch.int8), 0.001 + torch.rand(outputs)
+    W = codes.double() * scale.double()[:, None]
+    for found, given, weight, scales in (
+        (int8.times(x, codes, scale, int8.Tally()), x, W.T, torch.ones(width)),
+        (int8.back(g, codes, scale, int8.Tally()), g, W, scale),
+    ):
+        assert found is not None
+        outliers = int8._largest(given[int8._sample(rows, int8._ROWS)] * scales)
+        rounded, step = int8.quantise_rows(given, scales.index_fill(0, outliers, 0.0))
+        inner = rounded.double() * step.double() / scales
+        inner[:, outliers] = given[:, outliers].double()
+        exact = inner @ weight
+        assert (found - exact).norm() <= 6e-3 * exact.norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

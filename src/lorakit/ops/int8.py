@@ -72,6 +72,8 @@ def times(
     o = _sample(len(scale_O), _COLUMNS)
     if not tally.note(_error(x_NI, weigh_I, outliers, (codes_OI[o] * scale_O[o, None]).T)):
         return None
+    if _whole(x_NI, outliers):
+        return _product(x_NI, weigh_I, outliers, codes_OI, scale_O, back=False)
     x8_NI, step_N = _rounded(x_NI, weigh_I)
     y_NO: Tensor = _rescaled(torch._int_mm(x8_NI, codes_OI.T), step_N, scale_O, x_NI)
     W_OK: Tensor = _pass(columns, x_NI)(codes_OI, scale_O, outliers, x_NI.dtype)
@@ -87,6 +89,8 @@ def back(g_NO: Tensor, codes_OI: Tensor, scale_O: Tensor, tally: Tally) -> Tenso
     i = _sample(codes_OI.shape[1], _COLUMNS)
     if not tally.note(_error(g_NO, weigh_O, outliers, codes_OI[:, i] * scale_O[:, None])):
         return None
+    if _whole(g_NO, outliers):
+        return _product(g_NO, weigh_O, outliers, codes_OI, scale_O, back=True)
     g8_NO, step_N = _rounded(g_NO, weigh_O)
     gx_NI: Tensor = _rescaled(torch._int_mm(g8_NO, codes_OI), step_N, None, g_NO)
     W_KI = codes_OI[outliers] * scale_O[outliers, None]
@@ -105,6 +109,30 @@ def _usable(x_NI: Tensor, codes_OI: Tensor) -> bool:
     # Rounding is a pass over the input, however narrow the weight. A few rows, as in generation, are cheap to
     # round, and would else unpack the whole weight.
     return len(x_NI) <= _FEW or min(codes_OI.shape) >= _NARROW
+
+
+def _whole(x_NI: Tensor, outliers: Tensor) -> bool:
+    """Whether matrix units make the product in one C++ pass, rounding, scales and outliers included."""
+    few = len(outliers) <= _OUTLIERS
+    return few and x_NI.dtype == torch.bfloat16 and native.fits(x_NI) and native.integer_units()
+
+
+def _product(
+    x_NI: Tensor, weigh_I: Tensor, outliers: Tensor, codes: Tensor, scale: Tensor, *, back: bool
+) -> Tensor:
+    """What `_rounded`, the integer product, `_rescaled` and the outliers' product give together."""
+    rows, depth = x_NI.shape
+    columns = codes.shape[1 if back else 0]
+    padded = -(-rows // 32) * 32
+    places = outliers.new_full((_OUTLIERS,), -1)
+    places[: len(outliers)] = outliers
+    tiles = torch.empty(padded * (-(-depth // 64) * 64), dtype=torch.int8)
+    step_N, beside_NK = torch.empty(padded), x_NI.new_empty(padded, _OUTLIERS)
+    y = x_NI.new_empty(rows, columns)
+    space = (tiles, step_N, beside_NK)
+    given = (x_NI, weigh_I.float(), places, codes, scale, *space)
+    native.run("int8_product", x_NI.dtype, *given, y, rows, depth, columns, int(back))
+    return y
 
 
 def quantise_rows(x_NI: Tensor, weigh_I: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""C++ passes (kernels.cpp, attention.cpp): compiled once on this machine, called with the addresses of tensors.
+"""C++ passes (the .cpp files here): compiled once on this machine, called with the addresses of tensors.
 
 PyTorch computes ``x * rsqrt(mean(x²) + ε) * w`` in five passes over memory, on a CPU at a tenth of the speed
 that one pass has; decisions/0019 shows what that costs in a step. Whoever calls has a plain PyTorch version
@@ -30,7 +30,7 @@ from lorakit.files import cache_folder, write_with
 from lorakit.log import logger
 
 _FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / "kernels.cpp", _FOLDER / "attention.cpp"]
+_SOURCES = [_FOLDER / "kernels.cpp", _FOLDER / "attention.cpp", _FOLDER / "integers.cpp"]
 _HEADERS = [_FOLDER / "vectors.h", _FOLDER / "tiles.h"]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -49,6 +49,12 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Whether this processor has the vectors for which matrix products in C++ pay."""
     wanted = "avx512_bf16" if dtype == torch.bfloat16 else "avx512f"
     return wanted in hardware.cpu_flags()
+
+
+def integer_units() -> bool:
+    """Whether matrix units for 8-bit integers may be used here (AMX)."""
+    found = library()
+    return found is not None and bool(found.lorakit_integer_units())
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
