@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/throughput.py --data alpaca.json [--pairs 7]          # the table
     ... --data alpaca.json --model smollm2-135m-instruct --against peft --json
 
-An update has 8 rows of an alpaca file. ``lorakit`` takes them as one packed batch. ``peft`` is PEFT on
+An update has 8 rows of an alpaca file. ``lorakit`` packs them into passes of up to 1,024 tokens. ``peft`` is PEFT on
 transformers as its Trainer runs it by default, one row at a time and eight accumulations; ``peft-padded`` all
 eight rows at once, padded to the longest, which is faster or slower with the spread of lengths; both with the
 same rank, targets, dropout, number format and AdamW, and with logits of all positions, as the Trainer has
@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lorakit import add_lora_to_model, hardware
 from lorakit.data.collate import pad
 from lorakit.data.encode import Row, encode_all
+from lorakit.data.packing import passes
 from lorakit.data.reading import read_samples
 from lorakit.data.rendering import Policy
 from lorakit.data.templates import find_template
@@ -51,6 +52,7 @@ from lorakit.optim.build import build_optimizer
 from lorakit.optim.spec import OptimizerSpec
 from lorakit.parallel.strategy import Strategy
 from lorakit.parallel.world import World
+from lorakit.training.engine import PASS_TOKENS
 from lorakit.training.step import train_step
 
 ROWS, RANK, RATE = 8, 8, 1e-4
@@ -179,7 +181,12 @@ def lorakit_step(
     strategy = Strategy(ours, build_optimizer(ours, OptimizerSpec("adamw_torch", RATE)), World())
     assert isinstance(ours, PreTrainedModel)
     collate = stack.enter_context(batching(ours, load_tokenizer(locate(DEMO_MODEL)), rows))
-    return lambda chosen: train_step(strategy, [collate(chosen)], 1.0)
+
+    def step(chosen: list[Row]) -> None:
+        groups = passes([len(row.ids) for row in chosen], range(len(chosen)), PASS_TOKENS)
+        train_step(strategy, [collate([chosen[i] for i in group]) for group in groups], 1.0)
+
+    return step
 
 
 def peft_step(size: int, model: str, form: str, targets: str, dropout: float) -> Step:

@@ -47,6 +47,24 @@ def best_fit(lengths: Sequence[int], capacity: int, order: Sequence[int] | None 
     return bins
 
 
+def passes(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> list[list[int]]:
+    """The rows of one update in forward passes of at most ``tokens``, or of one longer row."""
+    sizes = [int(lengths[row]) for row in rows]
+    return [[rows[i] for i in group] for group in best_fit(sizes, max([tokens, *sizes]))]
+
+
+def heaviest_pass(lengths: Sequence[int], tokens: int) -> list[int]:
+    """The longest rows that `passes` could put together."""
+    ranked = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    chosen, left = ranked[:1], tokens - int(lengths[ranked[0]])
+    for row in ranked[1:]:
+        if lengths[row] > left:
+            break
+        chosen.append(row)
+        left -= int(lengths[row])
+    return chosen
+
+
 def fill(lengths: Sequence[int], bins: Sequence[Sequence[int]], capacity: int) -> float:
     """The share of the bins' tokens that rows take."""
     return sum(int(lengths[row]) for rows in bins for row in rows) / (capacity * len(bins))

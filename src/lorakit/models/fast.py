@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lorakit.ops import native
 from lorakit.ops.attention import Scores, packed_attention
 from lorakit.ops.gated import Act, gated
+from lorakit.ops.linear import frozen_linears
 from lorakit.ops.loss import Softening, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
 
@@ -123,8 +124,23 @@ def _norm(module: Any, offset: float, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(module: Any, act: Act, x: Tensor) -> Tensor:
-    down: Tensor = module.down_proj(gated(module.gate_proj(x), module.up_proj(x), act))
+    if _is_plain(module.gate_proj, x) and _is_plain(module.up_proj, x):
+        gate, up = frozen_linears(x, module.gate_proj.weight, module.up_proj.weight)
+    else:
+        gate, up = module.gate_proj(x), module.up_proj(x)
+    inner = gated(gate, up, act)
+    if _is_plain(module.down_proj, inner):
+        return frozen_linears(inner, module.down_proj.weight)[0]
+    down: Tensor = module.down_proj(inner)
     return down
+
+
+def _is_plain(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is the product with a frozen dense weight and nothing else."""
+    frozen = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
+    hooked = layer._forward_hooks or layer._forward_pre_hooks
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return frozen and not hooked and not autocast and layer.weight.dtype == x.dtype
 
 
 def _attention(

@@ -114,7 +114,7 @@ def _usable(x_NI: Tensor, codes_OI: Tensor) -> bool:
 def _whole(x_NI: Tensor, outliers: Tensor) -> bool:
     """Whether matrix units make the product in one C++ pass, rounding, scales and outliers included."""
     few = len(outliers) <= _OUTLIERS
-    return few and x_NI.dtype == torch.bfloat16 and native.fits(x_NI) and native.integer_units()
+    return few and x_NI.dtype == torch.bfloat16 and native.fits(x_NI) and native.matrix_units()
 
 
 def _product(

@@ -157,15 +157,6 @@ void columns_of(const Operands& z, const Rounded& x, bf16* y, long first_column,
 
 }  // namespace
 
-// Whether `lorakit_int8_product` can run here.
-EXPORT int lorakit_integer_units() {
-#ifdef __AMX_INT8__
-    return matrix_units();
-#else
-    return 0;
-#endif
-}
-
 #ifdef __AMX_INT8__
 // y [rows, columns] in bfloat16; `tiles`, `step` and `beside` are space for whole tiles of x, its steps, its outliers.
 EXPORT void lorakit_int8_product(int, const void* x, const float* weigh, const int64_t* outliers, const int8_t* codes,

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.ops import native
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.frozen import Frozen
+from lorakit.ops.products import back, times
 
 _THIN = 32  # ranks up to which C++ passes beat matrix products
 
@@ -167,7 +168,7 @@ class _LoRALinear(torch.autograd.Function):
         gh_NR, grad_B = ctx.thin.up_back(g_NO, h_NR, B, ctx.update.scaling)
         grad_x = None
         if need_x:
-            grad_x = g_NO @ W if ctx.frozen is None else ctx.frozen.back(g_NO)
+            grad_x = back((g_NO, W)) if ctx.frozen is None else ctx.frozen.back(g_NO)
         grad_A = ctx.thin.down_back(grad_x, x_NI, A, gh_NR, ctx.update.mask)
         grad_x = None if grad_x is None else grad_x.view(ctx.shape)
         return grad_x, None, None, grad_A if need_A else None, grad_B if need_B else None, None
@@ -187,11 +188,33 @@ class _FrozenLinear(torch.autograd.Function):
         return ctx.frozen.back(g.reshape(-1, g.shape[-1])).view(ctx.shape), None, None
 
 
+class _FrozenLinears(torch.autograd.Function):
+    """x Wᵀ for several dense W of the same input, whose gradients come back as one sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*weights)
+        ctx.shape = x.shape
+        x_NI = x.reshape(-1, x.shape[-1])
+        return tuple(times((x_NI, W)).view(*x.shape[:-1], len(W)) for W in weights)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        weights = ctx.saved_tensors
+        pairs = [(g.reshape(-1, len(W)).contiguous(), W) for g, W in zip(grads, weights, strict=True)]
+        return back(*pairs).view(ctx.shape), *(None for _ in weights)
+
+
+def frozen_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+    """x Wᵀ for each frozen dense weight [O, I]; the gradient of x is summed as it is computed."""
+    found: tuple[Tensor, ...] = _FrozenLinears.apply(x, *weights)
+    return found
+
+
 def _times(W: Tensor | Frozen, x_NI: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, a tensor of its own that may be changed in place."""
-    if isinstance(W, Tensor):
-        return F.linear(x_NI, W, bias)
-    y_NO = W.times(x_NI)
+    y_NO = times((x_NI, W)) if isinstance(W, Tensor) else W.times(x_NI)
     return y_NO if bias is None else y_NO.add_(bias)
 
 

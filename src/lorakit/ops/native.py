@@ -30,7 +30,12 @@ from lorakit.files import cache_folder, write_with
 from lorakit.log import logger
 
 _FOLDER = Path(__file__).parent
-_SOURCES = [_FOLDER / "kernels.cpp", _FOLDER / "attention.cpp", _FOLDER / "integers.cpp"]
+_SOURCES = [
+    _FOLDER / "kernels.cpp",
+    _FOLDER / "attention.cpp",
+    _FOLDER / "integers.cpp",
+    _FOLDER / "products.cpp",
+]
 _HEADERS = [_FOLDER / "vectors.h", _FOLDER / "tiles.h"]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -51,10 +56,10 @@ def multiplies(dtype: torch.dtype) -> bool:
     return wanted in hardware.cpu_flags()
 
 
-def integer_units() -> bool:
-    """Whether matrix units for 8-bit integers may be used here (AMX)."""
+def matrix_units() -> bool:
+    """Whether matrix units for bfloat16 and 8-bit integers may be used here (AMX)."""
     found = library()
-    return found is not None and bool(found.lorakit_integer_units())
+    return found is not None and bool(found.lorakit_matrix_units())
 
 
 def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:

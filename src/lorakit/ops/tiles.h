@@ -149,14 +149,8 @@ struct Units {
 };
 
 #ifdef __AMX_BF16__
-inline void block_by_units(const bf16* a, long lda, Tiles<bf16> B, float* c, long ldc, long depth, bool add) {
-    float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
-    const long row = 4 * ldc;
-    if (add) {
-        _tile_loadd(0, c, row); _tile_loadd(1, c1, row); _tile_loadd(2, c2, row); _tile_loadd(3, c3, row);
-    } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
+// Four accumulators (tiles 0 to 3, 32 by 32) += A [32, depth] B.
+inline void multiply_add(const bf16* a, long lda, Tiles<bf16> B, long depth) {
     for (long k = 0; k < depth / 32; k++) {  // loads between products: they then overlap
         _tile_loadd(4, a + k * 32, 2 * lda);
         _tile_loadd(6, B.of(0, k), 64);
@@ -167,6 +161,17 @@ inline void block_by_units(const bf16* a, long lda, Tiles<bf16> B, float* c, lon
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
+}
+
+inline void block_by_units(const bf16* a, long lda, Tiles<bf16> B, float* c, long ldc, long depth, bool add) {
+    float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
+    const long row = 4 * ldc;
+    if (add) {
+        _tile_loadd(0, c, row); _tile_loadd(1, c1, row); _tile_loadd(2, c2, row); _tile_loadd(3, c3, row);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+    multiply_add(a, lda, B, depth);
     _tile_stored(0, c, row); _tile_stored(1, c1, row); _tile_stored(2, c2, row); _tile_stored(3, c3, row);
 }
 #endif

@@ -22,6 +22,7 @@ from lorakit.evals.batch_size import find_optimal_batch_size, longest_rows, same
 from lorakit.evals.objective import batch_loss
 from lorakit.log import logger
 from lorakit.models.memory import switched
+from lorakit.models.patch import can_pack
 from lorakit.optim.build import build_optimizer
 from lorakit.optim.check import optimizer_spec
 from lorakit.optim.schedule import Schedule, warmup_steps
@@ -35,10 +36,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def make_plan(settings: Resolved, lengths: Sequence[int], ranks: int, batch: tuple[int, int]) -> Plan:
+# Tokens of a pass on a CPU: products are as fast as with more, and activations are small.
+PASS_TOKENS = 1024
+
+
+def pass_tokens(settings: Resolved, model: PreTrainedModel) -> int | None:
+    """How many tokens share a pass if nobody says which rows do; an update keeps its rows.
+
+    On a GPU more tokens are faster; there micro-batches are passes, as the user sized them.
+    """
+    said = settings.packing or settings.max_tokens_per_batch or settings.auto_find_batch_size
+    return None if said or model.device.type != "cpu" or not can_pack(model) else PASS_TOKENS
+
+
+def make_plan(
+    settings: Resolved, lengths: Sequence[int], ranks: int, batch: tuple[int, int], tokens: int | None = None
+) -> Plan:
     """The numbers of the run, for rows of these lengths and so many processes.
 
-    ``batch``: rows in a micro-batch, and micro-batches of one process in an update.
+    ``batch``: rows in a micro-batch, and micro-batches of one process in an update. ``tokens``: of a pass.
     """
     grouping = Grouping(
         size=batch[0],
@@ -70,6 +86,7 @@ def make_plan(settings: Resolved, lengths: Sequence[int], ranks: int, batch: tup
         on_nonfinite=settings.on_nonfinite,
         max_nonfinite=settings.max_nonfinite_updates,
         on_save_error=settings.on_save_error,
+        pass_tokens=tokens,
     )
 
 

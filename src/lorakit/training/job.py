@@ -30,7 +30,7 @@ from lorakit.models.load import check_vocabulary, dense_weights, load_model, loa
 from lorakit.models.patch import can_pack
 from lorakit.models.quantized import quantization_of
 from lorakit.models.sources import ModelSource, locate
-from lorakit.training.engine import find_batch, make_plan
+from lorakit.training.engine import find_batch, make_plan, pass_tokens
 from lorakit.training.loop import Plan
 from lorakit.training.progress import seed_everything
 from lorakit.training.step import check_gradients_arrive
@@ -121,7 +121,7 @@ def build(
     search = settings.auto_find_batch_size and batch is None
     if batch is None or not settings.auto_find_batch_size:
         batch = (settings.per_device_train_batch_size, settings.gradient_accumulation_steps)
-    plan = make_plan(settings, lengths, ranks, batch)
+    plan = make_plan(settings, lengths, ranks, batch, pass_tokens(settings, model))
     _attach(model, settings, plan.steps, source)
     with batching(model, tokenizer, rows) as collate:
         check_gradients_arrive(model, collate([rows[lengths.index(min(lengths))]]))

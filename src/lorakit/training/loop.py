@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal
 
 from lorakit import hardware
@@ -17,6 +18,7 @@ from lorakit.checkpoint.state import State
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
 from lorakit.data.order import Grouping, Order, divide, spread
+from lorakit.data.packing import heaviest_pass, passes
 from lorakit.data.store import lengths_of
 from lorakit.errors import DivergedError, MemoryLimitError, StorageError
 from lorakit.lowrank.budget import RankAllocator
@@ -53,6 +55,7 @@ class Plan:
     max_nonfinite: int = 3
     on_save_error: Literal["continue", "stop"] = "continue"
     log_first: bool = False
+    pass_tokens: int | None = None  # rows of an update share passes of so many; None: micro-batches are passes
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,8 @@ class Loop:
     ) -> None:
         self.strategy, self.rows, self.plan, self.progress = strategy, rows, plan, progress
         self.collate, self.hooks, self.stop, self.budget = collate, hooks, stop, budget
-        self._order = Order(lengths_of(rows), plan.grouping, plan.seed)
+        self._lengths = lengths_of(rows)
+        self._order = Order(self._lengths, plan.grouping, plan.seed)
         self._watch = Watch()
         self._owed: int | None = None  # the step at which a failed checkpoint is tried again
         self._making = 0.0  # seconds spent on making batches since the last log line
@@ -161,16 +165,23 @@ class Loop:
     def _passes(self, groups: Sequence[Sequence[int]]) -> tuple[list[list[int]], int]:
         """The micro-batches of this rank, as many as any rank has, and how many of them only fill up."""
         world = self.strategy.world
-        shares = [divide(share, self.progress.splits) for share in spread(groups, world.size)]
+        shares = [divide(self._together(share), self.progress.splits) for share in spread(groups, world.size)]
         mine = shares[world.rank]
         empty = max(map(len, shares)) - len(mine)
         return mine + [shares[0][0]] * empty, empty
+
+    def _together(self, groups: list[Sequence[int]]) -> list[Sequence[int]]:
+        """The rows of micro-batches as passes of even size, where they may be put together."""
+        if self.plan.pass_tokens is None or not groups:
+            return groups
+        return [*passes(self._lengths, list(chain(*groups)), self.plan.pass_tokens)]
 
     def _try_longest(self) -> None:
         """One pass over the largest micro-batch, before hours are spent on smaller ones; it leaves no trace."""
         if not self.strategy.recovers:
             return
-        largest, before = self._order.largest(), random_state()
+        tokens, before = self.plan.pass_tokens, random_state()
+        largest = heaviest_pass(self._lengths, tokens) if tokens else self._order.largest()
         while True:
             batch = self.collate([self.rows[i] for i in divide([largest], self.progress.splits)[0]])
             try:
