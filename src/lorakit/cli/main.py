@@ -29,6 +29,7 @@ VERBS = {
     "presets": ("lorakit.cli.presets:presets", "List named settings, and show where they come from."),
     "validate": ("lorakit.cli.validate:validate", "Check a YAML file and show what it means."),
     "plan": ("lorakit.cli.plan:plan", "Tell what a training will take: bytes, seconds, sizes."),
+    "bench": ("lorakit.cli.bench:bench", "Tell how fast a configuration trains here, and why."),
     "preview": ("lorakit.cli.preview:preview", "Show what a model would see of the data."),
     "generate": ("lorakit.cli.generate:generate", "Answer a prompt with a model or an adapter."),
     "chat": ("lorakit.cli.generate:chat", "Talk with a model or an adapter."),

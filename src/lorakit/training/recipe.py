@@ -62,7 +62,7 @@ def train(
             `lorakit.errors`.
         Interrupted: stopped by a signal; the state as it was then is saved.
     """
-    settings = _settings(config, overrides)
+    settings = read_settings(config, overrides)
     wanted = settings.resume_from_checkpoint
     if resume:
         wanted = True if resume is True else str(Path(resume).absolute())
@@ -75,7 +75,8 @@ def train(
             ) from None
 
 
-def _settings(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Resolved:
+def read_settings(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Resolved:
+    """A YAML file, or a mapping of its keys, resolved and checked; warnings are logged."""
     if isinstance(config, Mapping):
         settings = resolve(load_mapping(config, Path.cwd(), overrides))
     else:
