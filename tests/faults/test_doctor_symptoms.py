@@ -13,6 +13,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -350,6 +352,17 @@ def test_damaged(healthy: Path, folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-100])
     diagnosis, _ = examined(run, "damaged")
     assert diagnosis.exit_code == 4
+
+
+def test_a_diagnosis_does_not_wait_for_transformers(healthy: Path) -> None:
+    code = (
+        "import sys; from lorakit.cli.main import main; status = main(['doctor', sys.argv[1]])\n"
+        "print(status, {'torch', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(healthy)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "0 {'torch'}\n"  # the adapter's singular values
 
 
 def test_every_rule_has_a_symptom() -> None:
