@@ -650,6 +650,16 @@ def test_the_documented_example_is_what_it_prints(capsys: pytest.CaptureFixture[
         assert capsys.readouterr().out == expected
 
 
+def test_the_documented_tables_are_the_results() -> None:
+    root = Path(__file__).parents[2]
+    page = (root / "docs" / "planning.md").read_text(encoding="utf-8")
+    for name in ("calibration", "published"):
+        assert (root / "benchmarks" / "results" / f"{name}.md").read_text(encoding="utf-8").strip() in page
+    measured = json.loads((root / "benchmarks" / "results" / "calibration.json").read_bytes())
+    assert measured["runs"] >= 24
+    assert measured["training"]["p90"] <= 0.10
+
+
 def test_no_torch_and_no_waiting() -> None:
     code = (
         "import sys, time; start = time.perf_counter(); from lorakit.cli.main import main\n"

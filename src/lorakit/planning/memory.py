@@ -42,7 +42,8 @@ _BUCKET = 64 << 20  # of gradients sent at once (`lorakit.parallel.ddp`)
 # a model is loaded; and the holes in the heap. A CUDA context is as others report it.
 _FRAMEWORK = {"cpu": 560_000_000, "cuda": 500_000_000}
 _LIBRARIES = 530_000_000
-_HOLES = 5
+_LOST = 6  # one part in so many of a block's places is not found again
+_MAPPED = 32 << 20  # bytes from which glibc asks the system for each tensor alone
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
         **sizes,
         activations=made.kept + (made.passing if in_block else 0),
         logits=0 if in_block else made.logits,
-        workspace=dense + _gathered(facts, setup, whole) + _holes(setup, made.block + dense),
+        workspace=dense + _gathered(facts, setup, whole) + _holes(facts, setup, made.block + dense),
         framework=_FRAMEWORK[setup.device],
     )
 
@@ -236,13 +237,17 @@ def _dense(chosen: Sequence[Adapted], setup: Setup, facts: ModelFacts) -> int:
     return pieces + copies * _FLOAT32 * max(each.module.size for each in chosen)
 
 
-def _holes(setup: Setup, block: int) -> int:
-    """What the heap of a CPU's C library holds beyond what is in use, of what comes and goes with a block.
+def _holes(facts: ModelFacts, setup: Setup, block: int) -> int:
+    """What a CPU's C library holds beyond what is in use: a sixth of what comes and goes with each block.
 
     glibc asks for an aligned tensor's bytes and 64 more, so that the place of one that was freed between two
-    that stay does not take the next of the same size: a block finds few of the places of the one before.
+    that stay does not take the next of the same size, and each block leaves places that the others do not
+    find. Tensors above 32 MiB do not lie in the heap.
     """
-    return _HOLES * block if setup.device == "cpu" else 0
+    if setup.device != "cpu" or facts.blocks is None:
+        return 0
+    narrow = setup.width * setup.tokens * facts.blocks.hidden
+    return facts.blocks.layers * block * min(_MAPPED, narrow) // (_LOST * narrow)
 
 
 def _gathered(facts: ModelFacts, setup: Setup, whole: dict[str, int]) -> int:
