@@ -4,18 +4,18 @@
 
 Runs differ in model, method, bits of the base, checkpointing, length, batch, targets, rank and dropout. Each
 trains three updates on rows of exactly known length, all tokens of which carry loss, and reports the largest
-resident set of its process; `lorakit plan` is asked for the same configuration. Models other than SmolLM2-135M
-have random weights and its tokenizer. Memory does not depend on how busy the machine is. The result goes to
-``results/calibration.json`` and ``results/calibration.md``: every run, and the median and the 90th percentile
-of the error. ``--quick`` takes four runs and writes nothing.
+resident set of its process while the base is loaded and, apart, while it trains; `lorakit plan` is asked for
+the same configuration. Models other than SmolLM2-135M have random weights and its tokenizer. Memory does not
+depend on how busy the machine is. The result goes to ``results/calibration.json`` and ``.md``: every run, and
+the median and the 90th percentile of the error. ``--quick`` takes four runs and writes nothing; ``--predict``
+keeps what was measured and asks the planner anew.
 
-Columns, in GB of 10⁹ bytes; ``error`` is predicted over measured, less one.
+Sizes are bytes, in the table GB of 10⁹; ``error`` is predicted over measured, less one.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import shutil
 import statistics
@@ -28,9 +28,9 @@ from typing import Any
 
 from lorakit import hardware, plan
 from lorakit.files import write_json, write_text
+from lorakit.modelinfo.demo import DEMO_MODEL
 from lorakit.modelinfo.table import config_of
 
-DEMO = "smollm2-135m-instruct"
 # Made here with random weights: a family and its shape, small enough for two cores.
 MADE: dict[str, dict[str, Any]] = {
     "smollm2-360m": {},
@@ -43,7 +43,7 @@ MADE: dict[str, dict[str, Any]] = {
 class Case:
     """One run."""
 
-    model: str = DEMO
+    model: str = DEMO_MODEL
     method: str = "lora"
     bits: int = 16
     checkpointing: bool = False
@@ -77,6 +77,7 @@ CASES = (
     Case("qwen3-0.6b", targets=ATTENTION), Case("qwen3-0.6b", checkpointing=True), Case("gpt2", targets="all"),
     Case("gpt2", batch=4, checkpointing=True), Case("smollm2-360m", bits=8, targets=ATTENTION),
 )  # fmt: skip
+RESULTS = Path(__file__).parent / "results"
 UPDATES = 3  # one of them may have the short row; the optimizer's memory is there from the second on
 QUICK = (0, 4, 9, 17)
 
@@ -86,6 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", nargs="*", help="runs by name")
+    parser.add_argument("--predict", action="store_true", help="of the runs in the result, measure nothing")
+    parser.add_argument("--models", type=Path, help="folder in which models are made, and stay")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)  # in a process of its own: case, folder
     options = parser.parse_args()
     if options.one:
@@ -93,35 +96,40 @@ def main() -> None:
         return
     cases = [CASES[i] for i in QUICK] if options.quick else CASES
     cases = [case for case in cases if not options.only or case.name in options.only]
+    known = {row["case"]: row["measured"] for row in results()} if options.predict else {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for case in cases:
-            row = measured(case, Path(folder))
+            model = made(case.model, options.models or Path(folder))
+            keys = configuration(case, model, Path(tempfile.mkdtemp(dir=folder)))
+            row = compared(case, keys, known.get(case.name) or measured(case, model, keys))
             rows.append(row)
-            print(f"{row['error']:+7.1%}  {row['measured_gb']:6.2f} GB  {case.name}", flush=True)
-    if not (options.quick or options.only):
-        write(rows)
+            print(f"{row['error']:+7.1%}  {row['measured']['training'] / 1e9:6.2f} GB  {case.name}", flush=True)
+            if not (options.quick or options.only):
+                write(rows)
 
 
-def measured(case: Case, folder: Path) -> dict[str, Any]:
-    """Run it elsewhere, and predict it here."""
-    model = str(demo() if case.model == DEMO else made(case.model, folder))
-    work = Path(tempfile.mkdtemp(dir=folder))
-    config = configuration(case, model, work)
-    predicted = plan(config, row=case.row, bits=case.bits)
+def measured(case: Case, model: str, keys: dict[str, Any]) -> dict[str, int]:
+    """Peaks of a run in a process of its own, in bytes."""
+    work = Path(keys["output_dir"]).parent
     command = [sys.executable, __file__, "--one", json.dumps({**asdict(case), "model": model}), str(work)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found = json.loads(done.stdout.splitlines()[-1])
     shutil.rmtree(work)
-    total = max(predicted.memory.total, predicted.loading)
+    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def compared(case: Case, keys: dict[str, Any], found: dict[str, int]) -> dict[str, Any]:
+    """A row of the result: what was measured, and what is predicted now."""
+    predicted = plan(keys, row=case.row, bits=case.bits)
+    total = predicted.memory.total
     return {
         "case": case.name,
         **asdict(case),
-        "measured_gb": gigabytes(found["peak"]),
-        "predicted_gb": gigabytes(total),
-        "error": round(total / found["peak"] - 1, 4),
-        "libraries_gb": gigabytes(found["libraries"]),
-        "categories_gb": {name: gigabytes(n) for name, n in predicted.memory.categories().items()},
+        "measured": found,
+        "predicted": {"training": total, "loading": predicted.loading, **predicted.memory.categories()},
+        "error": round(total / found["training"] - 1, 4),
+        "error_of_loading": round(predicted.loading / found["loading"] - 1, 4) if predicted.loading else None,
     }
 
 
@@ -156,8 +164,10 @@ def configuration(case: Case, model: str, work: Path) -> dict[str, Any]:
     return keys
 
 
-def made(name: str, folder: Path) -> Path:
-    """A folder with a model of random weights in bfloat16 and the demo model's tokenizer."""
+def made(name: str, folder: Path) -> str:
+    """Itself, or a folder with a model of random weights in bfloat16 and the demo model's tokenizer."""
+    if name not in MADE:
+        return name
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -173,53 +183,51 @@ def made(name: str, folder: Path) -> Path:
         torch.manual_seed(0)
         model: Any = AutoModelForCausalLM
         model.from_config(config, dtype=torch.bfloat16).save_pretrained(path)
-        load_tokenizer(locate(DEMO)).save_pretrained(path)
-    return path
-
-
-def demo() -> Path:
-    """Its folder, so that a plan sees how wide the weights in the file are."""
-    from lorakit.models.sources import locate
-
-    path = locate(DEMO).path
-    assert path is not None
-    return path
+        load_tokenizer(locate(DEMO_MODEL)).save_pretrained(path)
+    return str(path)
 
 
 def run(case: Case, work: Path) -> dict[str, int]:
-    """Train, in this process."""
+    """Train, in this process: the largest resident set until the base is loaded, and from there on."""
     from lorakit import train
+    from lorakit.training import recipe
 
-    importlib.import_module("lorakit.models.load")  # torch and transformers, as every run has them
-    libraries = hardware.memory_used()
+    found, share_work = {}, recipe.share_work
+
+    def loaded(*args: Any) -> Any:
+        found["loading"] = hardware.resident_peak()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew (proc(5))
+        return share_work(*args)
+
+    recipe.share_work = loaded
     train(configuration(case, case.model, work))
-    return {"peak": hardware.memory_peak(), "libraries": libraries}
+    return {**found, "training": hardware.resident_peak()}
+
+
+def results() -> list[dict[str, Any]]:
+    """The rows of the last result."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / "calibration.json").read_bytes())["rows"]
+    return rows
 
 
 def write(rows: list[dict[str, Any]]) -> None:
     """Both files."""
-    errors = sorted(abs(row["error"]) for row in rows)
-    summary = {
-        "runs": len(rows),
-        "median_error": statistics.median(errors),
-        "p90_error": errors[min(len(errors) - 1, int(0.9 * len(errors)))],
-        "largest_error": errors[-1],
-        "processor": hardware.processor_name(),
-    }
-    results = Path(__file__).parent / "results"
-    write_json(results / "calibration.json", {**summary, "rows": rows})
+    summary: dict[str, Any] = {"runs": len(rows), "processor": hardware.processor_name()}
+    for name, key in (("training", "error"), ("loading", "error_of_loading")):
+        errors = sorted(abs(row[key]) for row in rows if row[key] is not None)
+        ninth = errors[min(len(errors) - 1, int(0.9 * len(errors)))]
+        summary[name] = {"median": statistics.median(errors), "p90": ninth, "largest": errors[-1]}
+    write_json(RESULTS / "calibration.json", {**summary, "rows": rows})
     lines = ["| run | measured GB | predicted GB | error |", "| --- | ---: | ---: | ---: |"]
-    lines += [
-        f"| {row['case']} | {row['measured_gb']:.2f} | {row['predicted_gb']:.2f} | {row['error']:+.1%} |"
-        for row in rows
-    ]
-    told = f"median error {summary['median_error']:.1%}, 90th percentile {summary['p90_error']:.1%}"
-    write_text(results / "calibration.md", "\n".join([*lines, "", told, ""]))
-
-
-def gigabytes(count: float) -> float:
-    """10⁹ bytes."""
-    return round(count / 1e9, 3)
+    for row in rows:
+        real, said = row["measured"]["training"] / 1e9, row["predicted"]["training"] / 1e9
+        lines.append(f"| {row['case']} | {real:.2f} | {said:.2f} | {row['error']:+.1%} |")
+    told = [
+        f"{name}: median error {each['median']:.1%}, 90th percentile {each['p90']:.1%}, "
+        f"largest {each['largest']:.1%}"
+        for name, each in summary.items() if isinstance(each, dict)
+    ]  # fmt: skip
+    write_text(RESULTS / "calibration.md", "\n".join([*lines, "", *told, ""]))
 
 
 if __name__ == "__main__":

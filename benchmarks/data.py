@@ -33,8 +33,9 @@ from lorakit.data.reading import SampleStream, find_sets, read_samples
 from lorakit.data.rendering import Policy
 from lorakit.data.templates import find_template
 from lorakit.files import write_json
+from lorakit.modelinfo.demo import DEMO_MODEL
 from lorakit.models.load import load_tokenizer
-from lorakit.models.sources import DEMO_MODEL, locate
+from lorakit.models.sources import locate
 
 CUTOFF, WORKERS = 2048, 2
 QUESTION = "what is the sum of a few numbers and how would you explain it to somebody new here please"

@@ -28,8 +28,9 @@ from lorakit.data.templates import find_template
 from lorakit.demo.addresses import prepare
 from lorakit.evals.objective import batching
 from lorakit.files import cache_folder, write_json
+from lorakit.modelinfo.demo import DEMO_MODEL
 from lorakit.models.load import load_model, load_tokenizer
-from lorakit.models.sources import DEMO_MODEL, locate
+from lorakit.models.sources import locate
 from lorakit.optim.build import build_optimizer
 from lorakit.optim.spec import OptimizerSpec
 from lorakit.parallel.strategy import Strategy

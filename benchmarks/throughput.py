@@ -44,9 +44,10 @@ from lorakit.data.templates import find_template
 from lorakit.demo.addresses import prepare
 from lorakit.evals.objective import batching
 from lorakit.files import cache_folder, write_json, write_text
+from lorakit.modelinfo.demo import DEMO_MODEL
 from lorakit.models.load import load_model, load_tokenizer
 from lorakit.models.quantized import quantize_model
-from lorakit.models.sources import DEMO_MODEL, locate
+from lorakit.models.sources import locate
 from lorakit.ops.loss import _PRODUCT
 from lorakit.optim.build import build_optimizer
 from lorakit.optim.spec import OptimizerSpec

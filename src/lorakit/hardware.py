@@ -76,6 +76,11 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
 
 
+def pass_compiler() -> str | None:
+    """The compiler of lorakit's C++ passes; None without one, or if ``LORAKIT_NATIVE=0`` switches them off."""
+    return None if os.environ.get("LORAKIT_NATIVE") == "0" or sys.platform == "win32" else compiler()
+
+
 def best_precision() -> Precision:
     """bf16 where the hardware has it, else fp32; fp16 would need loss scaling to train."""
     return "bf16" if supports("bf16") else "fp32"

@@ -10,8 +10,11 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -183,7 +186,13 @@ SYMPTOMS: dict[str, tuple[str, int, Settings]] = {
     "rough": (
         "warning",
         0,
-        {"lr_scheduler_type": "constant", "per_device_train_batch_size": 1, "max_steps": 50},
+        {
+            "rows": uneven(96, 1),
+            "held_out": uneven(12, 2),
+            "lr_scheduler_type": "constant",
+            "per_device_train_batch_size": 1,
+            "max_steps": 50,
+        },
     ),
     "not-finite": ("severe", 5, {"lora_alpha": 1e36, "learning_rate": 1.0, "warmup_ratio": 0.0}),
     "exploding-norms": ("severe", 4, {"learning_rate": 0.3}),
@@ -329,7 +338,7 @@ class TestTime:
         """What the plan expects is a matter of the machine: a larger model's, at a measured rate, is put in."""
         evidence = gather(healthy)
         larger = plan(healthy / "config.resolved.yaml", model="gpt2", gflops=1e7)
-        rates = replace(larger.time.rates, origin="measured on this machine")
+        rates = replace(larger.time.rates, threads=1)
         larger = replace(larger, time=replace(larger.time, rates=rates), without_checkpointing=0)
         (finding,) = diagnose(replace(evidence, plan=larger)).findings
         assert finding.rule == "slow"
@@ -345,7 +354,30 @@ def test_damaged(healthy: Path, folder: Path) -> None:
     assert diagnosis.exit_code == 4
 
 
+def test_a_diagnosis_does_not_wait_for_transformers(healthy: Path) -> None:
+    code = (
+        "import sys; from lorakit.cli.main import main; status = main(['doctor', sys.argv[1]])\n"
+        "print(status, {'torch', 'transformers'} & sys.modules.keys(), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(healthy)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr == "0 {'torch'}\n"  # the adapter's singular values
+
+
 def test_every_rule_has_a_symptom() -> None:
     own = {"running-away", "rate-too-high", "poor", "out-of-memory", "head-room", "killed", "slow-data"}
     own |= {"wide-numbers", "slow", "damaged"}
     assert own | SYMPTOMS.keys() == {rule.name for rule in RULES}
+
+
+def test_every_row_of_the_troubleshooting_tables_has_a_rule() -> None:
+    """As docs/doctor.md says. D13, looking at the machine, is `lorakit env` (tests/unit/test_doctor.py)."""
+    page = (Path(__file__).parents[2] / "docs" / "doctor.md").read_text(encoding="utf-8")
+    covered: set[str] = set()
+    for rule in RULES:
+        (line,) = (line for line in page.splitlines() if line.startswith(f"| `{rule.name}` |"))
+        told, written = (set(re.findall(r"\bD\d\d\b", text)) for text in (rule.check.__doc__ or "", line))
+        assert told <= written, rule.name
+        covered |= written
+    assert covered == {f"D{n:02}" for n in range(1, 13)}

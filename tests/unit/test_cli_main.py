@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
 import os
 import subprocess
@@ -186,6 +188,19 @@ def test_console_that_cannot_show_everything(tmp_path: Path) -> None:
 def test_every_verb_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([verb, "-h"]) == 0
     assert f"Usage: lorakit {verb}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_keeps_the_lines_of_examples(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module, _, function = VERBS[verb][0].partition(":")
+    text = inspect.getdoc(vars(importlib.import_module(module))[function].callback) or ""
+    marked = [part for part in text.split("\n\n") if part.startswith("\\b\n")]
+    assert main([verb, "-h"]) == 0
+    shown = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    for part in marked:
+        for line in part.splitlines()[1:]:
+            assert line.strip() in shown
+    assert "\\b" not in "".join(shown)
 
 
 def test_table() -> None:

@@ -17,9 +17,10 @@ from transformers.utils import logging as chatter
 
 from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
+from lorakit.modelinfo.demo import DEMO_MODEL
 from lorakit.models.load import check_vocabulary, load_model, load_tokenizer
 from lorakit.models.quantized import quantize_model
-from lorakit.models.sources import DEMO_MODEL, ModelSource, local_folder, locate
+from lorakit.models.sources import ModelSource, local_folder, locate
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from lorakit import LoRAManager, add_lora_to_model
 from lorakit.adapters.attach import adapter_layers
 from lorakit.checkpoint.compress import compress
-from lorakit.checkpoint.inspect import energy_rank, inspect
+from lorakit.checkpoint.inspect import energy_rank, inspect, probe_ranks
 from lorakit.checkpoint.peft_format import load_adapter, save_adapter
 from lorakit.data.templates import find_template
 from lorakit.errors import DataError, LorakitError, TargetError, UsageError
-from lorakit.evals.probes import base_alone, neutral_text, probe_forgetting, probe_ranks
+from lorakit.evals.probes import base_alone, neutral_text, probe_forgetting
 from lorakit.models.load import load_model, load_tokenizer
 from lorakit.models.sources import locate
 from lorakit.training.recipe import train

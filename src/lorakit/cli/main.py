@@ -59,6 +59,8 @@ class _Verbs(click.Group):
         module, _, function = VERBS[cmd_name][0].partition(":")
         command = vars(importlib.import_module(module))[function]
         assert isinstance(command, click.Command)
+        # click's mark of text whose lines stay as they are is a backspace; a raw docstring has two characters.
+        command.help = (command.help or "").replace(r"\b", "\b")
         return command
 
     def resolve_command(

@@ -220,7 +220,7 @@ def slow(e: Evidence) -> Finding | None:
     if e.plan is None or not e.plan.time.tokens_per_second or len(speeds) < _LEAST_POINTS:
         return None
     expected, seen = e.plan.time.tokens_per_second, max(speeds)  # the rest may be other work on the machine
-    if e.plan.time.rates.origin != "measured on this machine" or seen >= _SLOW * expected:
+    if e.plan.time.rates.threads is None or seen >= _SLOW * expected:
         return None
     # Products are not what takes a very small model's time, and how fast codes are decoded is not measured.
     if e.plan.facts.parameters < 10_000_000 or e.settings.get("quantization_bit"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from lorakit.checkpoint.lock import holder
 from lorakit.doctor.curve import Curve, curve_of
 from lorakit.errors import AdapterMismatchError, LorakitError
+from lorakit.modelinfo.find import local_folder
 from lorakit.planning.plan import Plan, plan
 from lorakit.report.record import DataInfo, ErrorPoint, EvalPoint, RunRecord, TrainPoint
 
@@ -113,8 +114,7 @@ def _plan(record: RunRecord) -> Plan | None:
 def _adapter(run: Path, record: RunRecord) -> AdapterEvidence | None:
     if not (run / "adapter").is_dir():
         return None
-    from lorakit.checkpoint.inspect import inspect
-    from lorakit.evals.probes import probe_ranks
+    from lorakit.checkpoint.inspect import inspect, probe_ranks
 
     try:
         found = inspect(run / "adapter")
@@ -132,21 +132,18 @@ def _adapter(run: Path, record: RunRecord) -> AdapterEvidence | None:
 
 def _weight_norms(model: str, found: Inspection) -> dict[str, float]:
     """‖W‖ of the modules with the largest updates; empty where the base is not a folder on this machine."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from torch.linalg import vector_norm
-
-    from lorakit.models.sources import locate, weight_files
 
     largest = sorted(found.updates, key=lambda update: -update.norm)[:_LARGEST]
     wanted = {f"{update.module}.weight": update.module for update in largest}
     norms = {}
-    try:
-        folder = locate(model).path
-        files = weight_files(folder) if folder is not None and folder.is_dir() else []
-    except LorakitError:  # the base has gone since: there is nothing to compare with
-        return {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:
-            for name in wanted.keys() & set(file.keys()):
-                norms[wanted[name]] = float(vector_norm(file.get_tensor(name).float()))
+    folder = local_folder(model)
+    for path in folder.glob("*.safetensors") if folder else ():
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in wanted.keys() & set(file.keys()):
+                    norms[wanted[name]] = float(vector_norm(file.get_tensor(name).float()))
+        except (OSError, SafetensorError):  # the base is damaged: there is nothing to compare with
+            return {}
     return norms

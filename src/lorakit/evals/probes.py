@@ -1,7 +1,6 @@
-"""What is asked after a training: is the rank more than was needed, and what does the model no longer know.
+"""What is asked after a training: what does the model no longer know.
 
-The rank probe reads the singular values of the updates. The forgetting probe measures the perplexity of the
-base and of the adapter on a text that has nothing to do with the task.
+Measured is the perplexity of the base and of the adapter on a text that has nothing to do with the task.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from lorakit.adapters.attach import activate, carriers
-from lorakit.checkpoint.inspect import UpdateFacts, energy_rank
 from lorakit.data.encode import Row, encode_all
 from lorakit.data.rendering import Policy
 from lorakit.data.sample import Message, Sample
@@ -33,27 +31,6 @@ if TYPE_CHECKING:
 PYTHON_TEXT = "python"  # names two chapters of the language reference, which every Python brings
 _CHAPTERS = ("objects", "execmodel")
 _WINDOW = 512  # tokens that see each other
-
-
-@dataclass(frozen=True)
-class RankProbe:
-    """How much of its ranks an adapter uses.
-
-    Attributes:
-        modules: updates looked at; ``dead`` of them are zero.
-        r: the largest rank as stored: an adapter with an anchored start (PiSSA, OLoRA) has twice its own there.
-        effective: mean over the modules of exp(entropy of the singular values).
-        rank_99: the smallest rank that keeps 99 % of Σσᵢ² over all modules, if each is cut to it.
-        recommended: the same for 90 %. The last tenth is mostly noise of the training: cutting a demo adapter
-            from rank 8 to 4 took its held-out loss from 0.076 to 0.079. `lorakit compress` measures it.
-    """
-
-    modules: int
-    dead: int
-    r: int
-    effective: float
-    rank_99: int
-    recommended: int
 
 
 @dataclass(frozen=True)
@@ -78,25 +55,6 @@ class Forgetting:
     def to_json(self) -> dict[str, Any]:
         """As JSON values; None stands for infinity."""
         return {key: None if value == math.inf else value for key, value in asdict(self).items()}
-
-
-def probe_ranks(updates: Sequence[UpdateFacts]) -> RankProbe | None:
-    """What the updates of an `Inspection` say about the rank; None if there are none."""
-    if not updates:
-        return None
-    r = max(update.r for update in updates)
-    together = [
-        sum(u.spectrum[i] ** 2 for u in updates if i < len(u.spectrum)) ** 0.5  # of the i-th ranks of all
-        for i in range(r)
-    ]
-    return RankProbe(
-        modules=len(updates),
-        dead=sum(update.norm == 0 for update in updates),
-        r=r,
-        effective=sum(update.effective_rank for update in updates) / len(updates),
-        rank_99=energy_rank(together, 0.99),
-        recommended=energy_rank(together, 0.9),
-    )
 
 
 def neutral_text(name: str, tokenizer: PreTrainedTokenizerBase, template: Template) -> NeutralText:

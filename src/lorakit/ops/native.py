@@ -14,9 +14,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,8 +79,8 @@ def _argument(value: Tensor | float | int | None) -> Any:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled passes; None where they are switched off or cannot be compiled, which is logged once."""
-    compiler = hardware.compiler()
-    if os.environ.get("LORAKIT_NATIVE") == "0" or compiler is None or sys.platform == "win32":
+    compiler = hardware.pass_compiler()
+    if compiler is None:
         return None
     try:
         return ctypes.CDLL(str(_built(compiler)))

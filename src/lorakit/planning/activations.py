@@ -4,14 +4,15 @@ Counted are the tensors that autograd really saves: a frozen weight saves no inp
 does), and a tensor that several layers save is there once. With N tokens in a pass, width e bytes, hidden h,
 feed-forward width f, H query and G key heads of width d, one block keeps:
 
-* RMS norm: its input in float32, 4·N·h; layer norm: its input, e·N·h; both again if the model trains whole.
-* Adapters: the input of each adapted layer once, however many share it, and r numbers a token. With dropout
-  every one has its own input, dropped and the mask beside it; DoRA keeps its two outputs, too.
-* Attention: queries, keys and values. `packed`: the weights, e·H·N·(tokens of a row, about
-  half of them for long rows, whose future is left out). `sdpa`: the output and
-  one float32 a head; keys and values repeated for all heads where rows are padded. `eager`: the weights twice,
-  in float32 and rounded, and once more where they pass a tanh.
-* Feed-forward: gate, its activation and up, 3·e·N·f; without a gate one or, for GPT-2, four of them.
+* RMS norm: its input, e·N·h, where a C++ pass computes it, else that in float32; layer norm: its input.
+* Adapters: the input of each adapted layer once, however many share it, and r numbers a token. DoRA keeps its
+  two outputs, too. Dropout: nothing more where C++ passes make its mask; else every layer has its own input,
+  dropped, and the mask beside it.
+* Attention: queries, keys and values. `packed`: one float32 a head by C++ passes, which make the weights again;
+  else the weights, e·H·N·(tokens of a row, about half of them for long rows, whose future is left out). `sdpa`:
+  the output and one float32 a head; keys and values repeated for all heads where rows are padded. `eager`: the
+  weights twice, in float32 and rounded, and once more where they pass a tanh.
+* Feed-forward: gate and up, 2·e·N·f, and once more without a C++ pass; without a gate one or, for GPT-2, four.
 
 With checkpointing a block keeps its input, e·N·h, and one block at a time has all of the above. Tests compare
 with what autograd saves. A mixture of experts counts as one expert of the width that a token passes, and
@@ -24,7 +25,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from lorakit.modelinfo.facts import Blocks, ModelFacts
-from lorakit.planning.adapters import Adapted
+from lorakit.planning.adapters import Adapted, trained_whole
 from lorakit.planning.setup import Setup
 
 _FLOAT32 = 4
@@ -32,17 +33,26 @@ _QUERY_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "valu
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "intermediate.dense")
 _OUTPUTS = ("o_proj", "out_proj", "attn.c_proj", "attention.output.dense")
 _TILE = 256  # queries in one product of packed attention, with the keys up to them (`lorakit.ops.attention`)
-_CHUNK = 1 << 20  # logits that the loss handles at once (`lorakit.ops.loss`)
+_SCORES = 64 << 20  # scores of the rows that it handles at once
+_CHUNK, _PRODUCT = 1 << 20, 1 << 23  # logits that the loss handles, and makes, at once (`lorakit.ops.loss`)
 _LOSS_COPIES = 3  # of such a piece in float32
+_THIN = 32  # ranks up to which C++ passes multiply with A and B, in float32 (`lorakit.ops.linear`)
+# Families whose norms, and whose gated units, C++ passes compute (`lorakit.models.fast`).
+NORMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
+GATED = NORMED - {"phi3"}
 
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes: kept for the backward pass, needed in between by a block, and around the logits."""
+    """Bytes: kept for the backward pass, needed in between by a block, and around the logits.
+
+    ``block`` is what comes and goes while one block is computed, forward and backward.
+    """
 
     kept: int
     passing: int
     logits: int
+    block: int
 
 
 def activations(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> Activations:
@@ -51,18 +61,18 @@ def activations(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) ->
         return _without_blocks(facts, setup, chosen)
     blocks = facts.blocks
     block = _kept_by_block(facts, setup, chosen)
-    ends = _norm(blocks, setup)  # the last norm; the first keeps nothing, as nothing before it trains
-    passing = _passing(facts, setup)
+    ends = _norm(facts, blocks, setup)  # the last norm; the first keeps nothing, as nothing before it trains
+    passing = _passing(facts, setup, chosen)
+    logits = _logits(facts, setup, chosen)
     if setup.checkpointing:
         again = -(-blocks.layers // setup.every)
         inputs = setup.width * setup.tokens * blocks.hidden * again
         if setup.offload_activations and setup.device == "cuda":
             inputs = 0
-        return Activations(
-            inputs + (blocks.layers - again) * block + ends, block + passing, _logits(facts, setup)
-        )
-    first = 0 if setup.trains_base else _norm(blocks, setup)
-    return Activations(blocks.layers * block + ends - first, passing, _logits(facts, setup))
+        kept = inputs + (blocks.layers - again) * block + ends
+        return Activations(kept, block + passing, logits, block + passing)
+    first = 0 if setup.trains_base else _norm(facts, blocks, setup)
+    return Activations(blocks.layers * block + ends - first, passing, logits, block + passing)
 
 
 def _kept_by_block(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> int:
@@ -70,7 +80,7 @@ def _kept_by_block(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted])
     blocks = facts.blocks
     assert blocks is not None
     return (
-        blocks.norms * _norm(blocks, setup)
+        blocks.norms * _norm(facts, blocks, setup)
         + (
             2 * setup.width * setup.tokens * blocks.hidden if blocks.dropout else 0
         )  # masks of a block's two outputs
@@ -80,11 +90,16 @@ def _kept_by_block(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted])
     )
 
 
-def _norm(blocks: Blocks, setup: Setup) -> int:
+def _norm(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
+    return setup.tokens * _normed(facts, blocks, setup, blocks.hidden, 1)
+
+
+def _normed(facts: ModelFacts, blocks: Blocks, setup: Setup, numbers: int, norms: int) -> int:
+    """Bytes that so many norms keep of one token, which has so many numbers for them."""
+    if blocks.norm == "rms" and setup.compiled and facts.family in NORMED and not setup.trains_base:
+        return setup.width * numbers + _FLOAT32 * norms
     width = _FLOAT32 if blocks.norm == "rms" else setup.width
-    if setup.trains_base:
-        width += setup.width
-    return width * setup.tokens * blocks.hidden
+    return (width + setup.width * setup.trains_base) * numbers
 
 
 def _attention(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
@@ -92,9 +107,14 @@ def _attention(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
     tokens, width = setup.tokens, setup.width
     queries, keys = blocks.heads * blocks.head_dim, blocks.kv_heads * blocks.head_dim
     kind = setup.attention_of(facts)
-    normed = _FLOAT32 * tokens * (queries + keys) if blocks.qk_norm else 0
+    normed = 0
+    if blocks.qk_norm and facts.family == "gemma3_text":  # where heads stand before positions already
+        normed = _FLOAT32 * tokens * (queries + keys)
+    elif blocks.qk_norm:
+        normed = tokens * _normed(facts, blocks, setup, queries + keys, blocks.heads + blocks.kv_heads)
     if kind == "packed":
-        return normed + width * tokens * (queries + 2 * keys) + width * blocks.heads * _packed_scores(setup)
+        scores = _FLOAT32 * tokens if setup.compiled else width * _packed_scores(setup)
+        return normed + width * tokens * (queries + 2 * keys) + scores * blocks.heads
     repeated = queries if setup.batch > 1 or kind == "eager" else keys
     if kind == "eager":
         rounded = 0 if width == _FLOAT32 or blocks.norm == "layer" else width
@@ -109,7 +129,9 @@ def _attention(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
 
 
 def _feed_forward(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
-    copies = 3 if blocks.gated else 4 if facts.family == "gpt2" else 1
+    copies = 2 if setup.compiled and facts.family in GATED else 3
+    if not blocks.gated:
+        copies = 4 if facts.family == "gpt2" else 1
     return copies * setup.width * setup.tokens * blocks.inner
 
 
@@ -120,17 +142,17 @@ def _inputs(facts: ModelFacts, blocks: Blocks, setup: Setup, chosen: Collection[
         inner = blocks.hidden + blocks.heads * blocks.head_dim + blocks.hidden + blocks.inner
         own = sum(each.count * width * tokens * each.rank for each in chosen)
         return width * tokens * inner * blocks.layers + own
-    fused = setup.method != "dora" and not setup.dropout
+    fused = setup.method != "dora" and (setup.compiled or not setup.dropout)
     inputs: dict[str, int] = {}
     total = 0
     for each in chosen:
         out, features = each.module.matrix
-        own = width * tokens * each.rank
+        own = tokens * each.rank * (_FLOAT32 if fused and setup.compiled and each.rank <= _THIN else width)
         if not fused:
             own += width * each.rank * (out + features)  # the factors, rounded
         if setup.method == "dora":
             own += 2 * width * tokens * out
-        if setup.dropout:
+        if setup.dropout and not fused:
             # Dropped inputs, and the mask: a number each on a CPU, a byte each on a GPU.
             own += tokens * features * (width + (width if setup.device == "cpu" else 1))
         elif not (setup.frozen_a and fused):
@@ -151,15 +173,41 @@ def _input_of(path: str) -> str:
     return path
 
 
-def _passing(facts: ModelFacts, setup: Setup) -> int:
-    """The gradients that a block has at once: of its feed-forward part, or of its attention weights."""
+def _passing(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> int:
+    """The gradients that a block has at once, less what it has given up by then.
+
+    First those of the feed-forward part: of its inner numbers, of gate and of up. When attention's turn comes,
+    the feed-forward part has gone.
+    """
     blocks = facts.blocks
     assert blocks is not None
-    wide = 3 * setup.width * setup.tokens * blocks.inner
+    tokens, width = setup.tokens, setup.width
     kind = setup.attention_of(facts)
-    tile = min(_TILE, setup.row or setup.length) if kind == "packed" else setup.length
-    scores = 0 if kind == "sdpa" else 3 * setup.width * blocks.heads * setup.tokens * tile
-    return max(wide, scores) + 2 * setup.width * setup.tokens * blocks.hidden
+    if kind == "packed" and setup.compiled:
+        attention = _packed_backward(blocks, setup)
+    else:
+        tile = min(_TILE, setup.row or setup.length) if kind == "packed" else setup.length
+        attention = 0 if kind == "sdpa" else 3 * width * blocks.heads * tokens * tile
+    given_up = any(each.module.matrix[1] == blocks.inner for each in chosen) and not setup.frozen_a
+    inner = (2 if given_up else 3) * width * tokens * blocks.inner
+    if setup.method == "dora":  # scales its outputs and adds them up
+        inner += 3 * width * tokens * blocks.inner
+    return max(inner, attention - _feed_forward(facts, blocks, setup)) + 2 * width * tokens * blocks.hidden
+
+
+def _packed_backward(blocks: Blocks, setup: Setup) -> int:
+    """What the backward pass of packed attention has at once (`lorakit.ops.attention`).
+
+    The gradient laid out anew and those of q, k and v; of the rows handled at once q, k, v and the gradient,
+    gathered, and the gradients of these, float32 where they add up over tiles; weights and slopes of a tile.
+    """
+    row, width = setup.row or setup.length, setup.width
+    queries, keys = blocks.heads * blocks.head_dim, blocks.kv_heads * blocks.head_dim
+    at_once = min(setup.tokens, row * max(1, _SCORES // (blocks.heads * row * row)))
+    summed = width if row <= _TILE else _FLOAT32
+    gathered = at_once * (width * (3 * queries + 2 * keys) + summed * 2 * keys)
+    tile = 2 * width * blocks.heads * at_once * min(_TILE, row)
+    return width * setup.tokens * (2 * queries + 2 * keys) + gathered + tile
 
 
 def _packed_scores(setup: Setup) -> int:
@@ -170,21 +218,31 @@ def _packed_scores(setup: Setup) -> int:
     return setup.tokens * of_row // row
 
 
-def _logits(facts: ModelFacts, setup: Setup) -> int:
+def _logits(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> int:
     """Logits, what the loss makes of them, and their gradient.
 
-    `chunked` keeps logits and gradient, and three pieces of bounded size in float32 (`lorakit.ops.loss`); where
-    rows are packed there are logits of labelled positions only, else of all. `plain` holds the logits, two
-    copies of them in float32 and a gradient.
+    `plain` holds the logits of all positions, two copies of them in float32 and a gradient. `chunked` makes
+    them a piece at a time and keeps the gradient of the head's input, for labelled positions only, where rows
+    are packed and the head is frozen. If it trains, logits of these positions and their gradient are there as a
+    whole; where rows are padded, logits of all positions and those of the labelled ones.
     """
     tokens, labelled = setup.tokens, round(setup.tokens * setup.labelled)
+    numbers = facts.vocabulary * labelled
     capped = setup.width * facts.vocabulary * tokens if facts.blocks and facts.blocks.softcap else 0
     if setup.loss == "plain":
         return capped + facts.vocabulary * tokens * (setup.width + 3 * _FLOAT32)
-    numbers = facts.vocabulary * labelled * 2
+    pieces = _LOSS_COPIES * _FLOAT32 * min(_CHUNK, numbers)
     if setup.attention_of(facts) != "packed":
-        numbers += facts.vocabulary * tokens
-    return capped + setup.width * numbers + _LOSS_COPIES * _FLOAT32 * min(_CHUNK, facts.vocabulary * labelled)
+        return capped + setup.width * (facts.vocabulary * tokens + numbers) + pieces
+    if _head_trains(facts, setup, chosen) or facts.blocks is None:
+        return setup.width * 2 * numbers + pieces
+    made = setup.width * (2 * labelled * facts.blocks.hidden + min(_PRODUCT, numbers))
+    return made if setup.compiled else made + pieces
+
+
+def _head_trains(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> bool:
+    adapters = any(each.module.path == facts.head for each in chosen)
+    return setup.trains_base or adapters or facts.head in trained_whole(facts, setup)
 
 
 def _without_blocks(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> Activations:
@@ -193,4 +251,4 @@ def _without_blocks(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]
     adapted = sum(each.count * (each.module.matrix[1] + each.rank) for each in chosen)
     places = 1 if per_input else setup.length
     kept = setup.width * setup.batch * (per_input + places * adapted)
-    return Activations(kept, 0, _logits(facts, setup) if facts.vocabulary else 0)
+    return Activations(kept, 0, _logits(facts, setup, chosen) if facts.vocabulary else 0, 0)

@@ -5,8 +5,8 @@
                  (``double``) 8/64 + 32/(64·256) = 0.127 bit, 0.373 less (QLoRA, arXiv 2305.14314, §3).
                  8 bits: a float32 for each row (arXiv 2208.07339)
     adapters     float32, whatever the base is; the anchors of PiSSA and OLoRA are not counted
-    gradients    as wide as what trains; with one pass an update, what they take beyond the activations that
-                 they replace
+    gradients    as wide as what trains; on a GPU with one pass an update, what they take beyond the activations
+                 that they replace
     optimizer    AdamW: two moments; 8 bits: two bytes a number and a float32 for each 256 of them
     activations  see `lorakit.planning.activations`; where the backward pass of a block takes more than the
                  loss, what that block needs in between
@@ -35,14 +35,15 @@ from lorakit.planning.setup import Setup
 _FLOAT32 = 4
 _BLOCK, _CONSTANTS_BLOCK = 64, 256  # numbers that share a constant, constants that share one
 _EIGHT_BIT_FROM = 4096  # numbers from which bitsandbytes keeps 8-bit moments
-_PIECE = 16 << 20  # bytes that are dense at once of a quantised weight (`lorakit.ops.frozen`)
+_PIECE = 1 << 20  # numbers of a quantised weight that are dense at once (`lorakit.quant`)
 _SAME_WIDTH = 0.1  # a file differs from the weights in its header, and in a head that is written twice
 _BUCKET = 64 << 20  # of gradients sent at once (`lorakit.parallel.ddp`)
-# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer; and the holes that the
-# C library keeps in its heap: some, and a share of what a pass allocates, more where that is short-lived. A
-# CUDA context is as others report it.
-_FRAMEWORK = {"cpu": 585_000_000, "cuda": 500_000_000}
-_HOLES, _SHARE, _SHARE_CHECKPOINTED = 105_000_000, 0.25, 0.6
+# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer, in training and before
+# a model is loaded; and the holes in the heap. A CUDA context is as others report it.
+_FRAMEWORK = {"cpu": 560_000_000, "cuda": 500_000_000}
+_LIBRARIES = 530_000_000
+_LOST = 6  # one part in so many of a block's places is not found again
+_MAPPED = 32 << 20  # bytes from which glibc asks the system for each tensor alone
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,11 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
     for name in _SHARDED[strategy]:
         sizes[name] = -(-sizes[name] // setup.ranks)
     made = activations(facts, setup, chosen)
+    dense = _dense(chosen, setup, facts)
     in_block = made.passing > made.logits
     passed = made.kept + max(made.passing, made.logits)
-    if setup.accumulation == 1:  # gradients take the place of activations, and are gone before the next pass
+    if setup.accumulation == 1 and setup.device == "cuda":
+        # Gradients take the place of activations, and are gone before the next pass.
         sizes["gradients"] = max(0, sizes["gradients"] - passed)
     if setup.offload_optimizer and setup.device == "cuda":  # so does its state, in the step alone
         sizes["optimizer"] = max(0, sizes["optimizer"] - passed)
@@ -122,7 +125,7 @@ def memory(facts: ModelFacts, setup: Setup) -> Memory:
         **sizes,
         activations=made.kept + (made.passing if in_block else 0),
         logits=0 if in_block else made.logits,
-        workspace=_dense(chosen, setup, facts) + _gathered(facts, setup, whole) + _holes(setup, passed),
+        workspace=dense + _gathered(facts, setup, whole) + _holes(facts, setup, made.block + dense),
         framework=_FRAMEWORK[setup.device],
     )
 
@@ -192,7 +195,7 @@ def loading_bytes(facts: ModelFacts, setup: Setup) -> int:
         return 0
     base = base_bytes(facts, setup).weights
     mapped = facts.file_bytes if abs(facts.file_bytes - base) > _SAME_WIDTH * base else 0
-    return _FRAMEWORK["cpu"] + base + mapped
+    return max(_LIBRARIES + base + mapped, _FRAMEWORK["cpu"] + base)
 
 
 def adapter_file(facts: ModelFacts, setup: Setup) -> int:
@@ -226,7 +229,7 @@ def _trained_shapes(facts: ModelFacts, setup: Setup, chosen: Sequence[Adapted]) 
 
 def _dense(chosen: Sequence[Adapted], setup: Setup, facts: ModelFacts) -> int:
     """Frozen weights that are dense for a moment."""
-    pieces = _PIECE if setup.bits < 16 else 0
+    pieces = _PIECE * setup.width if setup.bits < 16 else 0
     if setup.method != "dora":
         return pieces
     # The norm of W + s·B·A: W in float32, the update, and their sum.
@@ -234,11 +237,17 @@ def _dense(chosen: Sequence[Adapted], setup: Setup, facts: ModelFacts) -> int:
     return pieces + copies * _FLOAT32 * max(each.module.size for each in chosen)
 
 
-def _holes(setup: Setup, passed: int) -> int:
-    """What the heap of a CPU's C library holds beyond what is in use."""
-    if setup.device != "cpu":
+def _holes(facts: ModelFacts, setup: Setup, block: int) -> int:
+    """What a CPU's C library holds beyond what is in use: a sixth of what comes and goes with each block.
+
+    glibc asks for an aligned tensor's bytes and 64 more, so that the place of one that was freed between two
+    that stay does not take the next of the same size, and each block leaves places that the others do not
+    find. Tensors above 32 MiB do not lie in the heap.
+    """
+    if setup.device != "cpu" or facts.blocks is None:
         return 0
-    return _HOLES + round((_SHARE_CHECKPOINTED if setup.checkpointing else _SHARE) * passed)
+    narrow = setup.width * setup.tokens * facts.blocks.hidden
+    return facts.blocks.layers * block * min(_MAPPED, narrow) // (_LOST * narrow)
 
 
 def _gathered(facts: ModelFacts, setup: Setup, whole: dict[str, int]) -> int:

@@ -140,10 +140,11 @@ def plan(
     """
     if config is None and model is None:
         raise UsageError("there is nothing to plan", remedy="give a configuration, or model='llama-3-8b'")
-    setup, resolved = Setup(device=hardware.device()), None
+    here: dict[str, Any] = {"device": hardware.device(), "passes": hardware.pass_compiler() is not None}
+    setup, resolved = Setup(**here), None
     if config is not None:
         resolved = _resolved(config, overrides)
-        setup = replace(setup_of(resolved), device=hardware.device())
+        setup = replace(setup_of(resolved), **here)
     if model is not None:
         facts = find_facts(model)
     else:

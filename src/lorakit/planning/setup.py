@@ -71,6 +71,7 @@ class Setup:
         attention: ``packed``, ``sdpa`` (fused, padded), or ``eager`` (plain products); None for what lorakit
             does with this family.
         loss: ``chunked``, or ``plain`` cross-entropy on float32 logits of all positions.
+        passes: lorakit's C++ passes compute, on a CPU; without a compiler they do not (`lorakit env`).
     """
 
     method: Method = "lora"
@@ -103,6 +104,7 @@ class Setup:
     device: Device = "cpu"
     attention: Attention | None = None
     loss: Loss = "chunked"
+    passes: bool = True
 
     def __post_init__(self) -> None:
         _between("rank", self.rank, *_RANKS)
@@ -136,6 +138,11 @@ class Setup:
     def width(self) -> int:
         """Bytes of a number in activations."""
         return BYTES[self.precision]
+
+    @property
+    def compiled(self) -> bool:
+        """C++ passes compute what they can."""
+        return self.passes and self.device == "cpu" and self.precision != "fp16"
 
     @property
     def tokens(self) -> int:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +27,7 @@ from lorakit.planning.adapters import adapted, numbers
 from lorakit.planning.setup import Setup
 
 EFFICIENCY = 0.5
-RATES_FILE = "rates.json"  # in the cache: {"gflops": {"bf16": 430.0, …}}
+RATES_FILE = "rates.json"  # in the cache: {"gflops": {"bf16": 430.0, …}, "threads": 2, …}
 _CORE = {"fp32": 50.0, "bf16": 25.0, "fp16": 1.0}  # GFLOP/s of a core nobody measured: 256-bit FMA at 3 GHz
 _BF16 = 100.0  # with bf16 instructions
 # Numbers decoded a second: 15 ms for 4096 × 4096, as bitsandbytes on two cores; a GPU's memory, not measured.
@@ -37,10 +36,14 @@ _DECODED: dict[Device, float] = {"cpu": 1.0e9, "cuda": 2.0e11}
 
 @dataclass(frozen=True)
 class Rates:
-    """How fast a machine multiplies, and where that is known from; None if it is not."""
+    """How fast a machine multiplies, and where that is known from; None if it is not.
+
+    ``threads``: with how many threads, where it was measured.
+    """
 
     gflops: float | None
     origin: str
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +114,16 @@ def find_rates(setup: Setup, gflops: float | None = None) -> Rates:
         if not (math.isfinite(gflops) and gflops > 0):
             raise UsageError(f"a rate of {gflops} GFLOP/s is none", remedy="give a positive number")
         return Rates(gflops, "as given")
-    measured = _measured() if setup.device == hardware.device() else {}
+    measured, threads = _measured() if setup.device == hardware.device() else ({}, 1)
     if setup.precision in measured:
-        return Rates(measured[setup.precision], "measured on this machine")
+        rate, origin = measured[setup.precision], "measured on this machine"
+        if setup.device == "cuda":
+            return Rates(rate, origin, threads)
+        here = _threads() or threads
+        told = f"{origin} with {threads} thread{'s' * (threads > 1)}"
+        return Rates(
+            rate * here / threads, told if here == threads else f"{told}, for {here} in proportion", here
+        )
     if setup.device == "cuda":
         return Rates(None, "not known: run `lorakit env` on the machine with the GPU, or give a rate")
     core = _BF16 if setup.precision == "bf16" and hardware.supports("bf16") else _CORE[setup.precision]
@@ -121,21 +131,30 @@ def find_rates(setup: Setup, gflops: float | None = None) -> Rates:
     return Rates(core * cores, f"a guess ({core:g} for each of {cores} cores): `lorakit env` measures it")
 
 
-def _measured() -> dict[str, float]:
+def _threads() -> int | None:
+    """With how many threads a training that is started from here would run, where that is said."""
+    said = os.environ.get("OMP_NUM_THREADS", "")
+    return int(said) if said.isdecimal() and int(said) > 0 else None
+
+
+def _measured() -> tuple[dict[str, float], int]:
+    """Rates by number format, and with how many threads they were measured."""
     path = cache_folder() / RATES_FILE
     try:
         value: Any = json.loads(path.read_bytes())
     except FileNotFoundError:
-        return {}
+        return {}, 1
     except (OSError, ValueError) as error:
         raise UsageError(
             f"the measured rates cannot be read: {error}", place=str(path), remedy="delete it"
         ) from error
-    found = value.get("gflops") if isinstance(value, Mapping) else None
-    if not isinstance(found, Mapping) or not all(
-        type(rate) in (int, float) and rate > 0 for rate in found.values()
-    ):
+    try:
+        found = {str(name): float(rate) for name, rate in value["gflops"].items()}
+        threads = int(value["threads"])
+        if not all(number > 0 for number in (*found.values(), threads)):
+            raise ValueError
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(
             "the measured rates make no sense", place=str(path), remedy="delete it and run `lorakit env`"
-        )
-    return {str(name): float(rate) for name, rate in found.items()}
+        ) from error
+    return found, threads

@@ -35,14 +35,17 @@ def waterfall(facts: ModelFacts, setup: Setup) -> tuple[Step, ...]:
     start = replace(
         setup, bits=16, precision="fp16" if setup.precision == "fp16" else "bf16", batch=batch,
         accumulation=-(-kept // batch), checkpointing=False, attention="eager", loss="plain", row=None,
-        method="lora" if setup.method == "full" else setup.method, unfreezes=False,
+        method="lora" if setup.method == "full" else setup.method, unfreezes=False, passes=False,
     )  # fmt: skip
     packed = replace(start, attention=None).attention_of(facts) == "packed"
     measures: tuple[tuple[str, dict[str, object]], ...] = (
         ("16-bit base, plain LoRA", {}),
         ("+ 4-bit base (QLoRA)", {"bits": 4}),
         ("+ checkpointing", {"checkpointing": True}),
-        ("+ packed attention" if packed else "+ fused attention", {"attention": None, "row": setup.row}),
+        (
+            f"+ {'packed' if packed else 'fused'} attention{', C++ passes' if setup.compiled else ''}",
+            {"attention": None, "row": setup.row, "passes": setup.passes},
+        ),
         ("+ chunked loss", {"loss": "chunked"}),
         ("+ batch 1", {"batch": 1, "accumulation": kept}),
     )

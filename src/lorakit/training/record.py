@@ -18,10 +18,9 @@ from torch import nn
 from lorakit import __version__, hardware
 from lorakit.adapters.attach import adapter_layers, count_parameters
 from lorakit.adapters.spec import LoRAConfig
-from lorakit.checkpoint.inspect import inspect
+from lorakit.checkpoint.inspect import inspect, probe_ranks
 from lorakit.data.store import lengths_of
 from lorakit.evals.evaluate import Evaluation
-from lorakit.evals.probes import probe_ranks
 from lorakit.files import write_json, write_text
 from lorakit.models.patch import can_pack
 from lorakit.report.card import model_card
