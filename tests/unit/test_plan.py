@@ -170,7 +170,7 @@ def test_t14_activations_grow_with_length() -> None:
             for n in (512, 1024, 2048, 4096, 8192)
         ]
         growth = [later / before / 2 for before, later in itertools.pairwise(kept)]
-        assert all(0.99 < step < most + 0.01 for step in growth)
+        assert all(0.99 < step < most + 0.02 for step in growth)
 
 
 def test_g01_checkpointing_g15_rank_g05_waterfall() -> None:

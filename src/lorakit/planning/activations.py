@@ -8,7 +8,8 @@ feed-forward width f, H query and G key heads of width d, one block keeps:
 * Adapters: the input of each adapted layer once, however many share it, and r numbers a token. DoRA keeps its
   two outputs, too. Dropout: nothing more where C++ passes make its mask; else every layer has its own input,
   dropped, and the mask beside it.
-* Attention: queries, keys and values. `packed`: one float32 a head by C++ passes, which make the weights again;
+* Attention: queries, keys and values. `packed`: the output and one float32 a head by C++ passes, which make the
+  weights again;
   else the weights, e·H·N·(tokens of a row, about half of them for long rows, whose future is left out). `sdpa`:
   the output and one float32 a head; keys and values repeated for all heads where rows are padded. `eager`: the
   weights twice, in float32 and rounded, and once more where they pass a tanh.
@@ -21,6 +22,7 @@ convolutions as their outputs, twice: both are estimates.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -33,8 +35,7 @@ _QUERY_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "valu
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "intermediate.dense")
 _OUTPUTS = ("o_proj", "out_proj", "attn.c_proj", "attention.output.dense")
 _TILE = 256  # queries in one product of packed attention, with the keys up to them (`lorakit.ops.attention`)
-_SCORES = 64 << 20  # scores of the rows that it handles at once
-_CHUNK, _PRODUCT = 1 << 20, 1 << 23  # logits that the loss handles, and makes, at once (`lorakit.ops.loss`)
+_CHUNK, _PRODUCT = 1 << 20, 1 << 24  # logits that the loss handles, and makes, at once (`lorakit.ops.loss`)
 _LOSS_COPIES = 3  # of such a piece in float32
 _THIN = 32  # ranks up to which C++ passes multiply with A and B, in float32 (`lorakit.ops.linear`)
 # Families whose norms, and whose gated units, C++ passes compute (`lorakit.models.fast`).
@@ -113,8 +114,9 @@ def _attention(facts: ModelFacts, blocks: Blocks, setup: Setup) -> int:
     elif blocks.qk_norm:
         normed = tokens * _normed(facts, blocks, setup, queries + keys, blocks.heads + blocks.kv_heads)
     if kind == "packed":
-        scores = _FLOAT32 * tokens if setup.compiled else width * _packed_scores(setup)
-        return normed + width * tokens * (queries + 2 * keys) + scores * blocks.heads
+        if setup.compiled:
+            return normed + tokens * (width * 2 * (queries + keys) + _FLOAT32 * blocks.heads)
+        return normed + width * (tokens * (queries + 2 * keys) + _packed_scores(setup) * blocks.heads)
     repeated = queries if setup.batch > 1 or kind == "eager" else keys
     if kind == "eager":
         rounded = 0 if width == _FLOAT32 or blocks.norm == "layer" else width
@@ -159,7 +161,8 @@ def _inputs(facts: ModelFacts, blocks: Blocks, setup: Setup, chosen: Collection[
             shared = _input_of(each.module.path)
             inputs[shared] = max(inputs.get(shared, 0), each.count * width * tokens * features)
         total += each.count * own
-    if setup.attention_of(facts) == "sdpa":  # its output is kept anyway
+    kind = setup.attention_of(facts)
+    if kind == "sdpa" or (kind == "packed" and setup.compiled):  # its output is kept anyway
         inputs = {path: size for path, size in inputs.items() if not path.endswith(_OUTPUTS)}
     return total + sum(inputs.values())
 
@@ -196,18 +199,16 @@ def _passing(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> in
 
 
 def _packed_backward(blocks: Blocks, setup: Setup) -> int:
-    """What the backward pass of packed attention has at once (`lorakit.ops.attention`).
+    """What the backward pass of packed attention has at once (`lorakit/ops/attention.cpp`).
 
-    The gradient laid out anew and those of q, k and v; of the rows handled at once q, k, v and the gradient,
-    gathered, and the gradients of these, float32 where they add up over tiles; weights and slopes of a tile.
+    The gradient laid out anew and those of q, k and v; and the space in which threads work, on one row and one
+    key head each: its queries, keys, values and gradients, twice or more, and float32 sums for keys and values.
     """
-    row, width = setup.row or setup.length, setup.width
-    queries, keys = blocks.heads * blocks.head_dim, blocks.kv_heads * blocks.head_dim
-    at_once = min(setup.tokens, row * max(1, _SCORES // (blocks.heads * row * row)))
-    summed = width if row <= _TILE else _FLOAT32
-    gathered = at_once * (width * (3 * queries + 2 * keys) + summed * 2 * keys)
-    tile = 2 * width * blocks.heads * at_once * min(_TILE, row)
-    return width * setup.tokens * (2 * queries + 2 * keys) + gathered + tile
+    row, width, size = setup.row or setup.length, setup.width, blocks.head_dim
+    queries, keys = blocks.heads * size, blocks.kv_heads * size
+    task = row * (width * (2 * queries // blocks.kv_heads + 5 * size) + 3 * _FLOAT32 * size)
+    threads = min(blocks.kv_heads, os.cpu_count() or 1)
+    return width * setup.tokens * (2 * queries + 2 * keys) + threads * task
 
 
 def _packed_scores(setup: Setup) -> int:

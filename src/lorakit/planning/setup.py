@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,6 +25,7 @@ Loss = Literal["chunked", "plain"]
 Pattern = tuple[tuple[str, int], ...]
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
+PASS_TOKENS = 1024  # (`lorakit.training.engine`)
 # Families that lorakit trains on rows laid end to end (`lorakit.models.patch.PACKABLE`).
 PACKABLE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox"}
@@ -156,9 +157,18 @@ class Setup:
 
     def attention_of(self, facts: ModelFacts) -> Attention:
         """The attention that is asked for, or that lorakit chooses for this family."""
-        if self.attention is None and facts.blocks and facts.blocks.softcap:
+        packs = facts.family in PACKABLE
+        if self.attention is None and facts.blocks and facts.blocks.softcap and not packs:
             return "eager"
-        return self.attention or ("packed" if facts.family in PACKABLE else "sdpa")
+        return self.attention or ("packed" if packs else "sdpa")
+
+    def in_shared_passes(self, facts: ModelFacts) -> Setup:
+        """The same updates as lorakit computes them on a CPU: rows share passes of `PASS_TOKENS`."""
+        if self.device != "cpu" or facts.family not in PACKABLE:
+            return self
+        rows = self.batch * self.accumulation
+        batch = min(rows, max(1, PASS_TOKENS // self.length))
+        return replace(self, batch=batch, accumulation=-(-rows // batch))
 
 
 def setup_of(settings: Resolved) -> Setup:
