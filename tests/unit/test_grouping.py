@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorakit.data.order import Grouping, Order, epoch_order
-from lorakit.data.packing import best_fit, by_length, fill, within_budget
+from lorakit.data.packing import best_fit, by_length, fill, heaviest_pass, passes, within_budget
 
 
 def first_best_fit(lengths: list[int], capacity: int) -> list[int]:
@@ -127,3 +127,20 @@ def test_epochs_differ_and_can_be_repeated(name: str) -> None:
     assert epochs == [GROUPINGS[name].epoch(lengths, 7, epoch) for epoch in range(3)]
     contents = [{frozenset(batch) for batch in batches} for batches in epochs]
     assert contents[0] != contents[1] != contents[2]  # other rows meet, not only in another order
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120), st.integers(0, 10))
+def test_passes_hold_the_rows_of_an_update(lengths: list[int], tokens: int, seed: int) -> None:
+    rows = epoch_order(len(lengths), seed, 0)[::2]
+    found = passes(lengths, rows, tokens)
+    assert sorted(itertools.chain(*found)) == sorted(rows)
+    sizes = [sum(lengths[row] for row in group) for group in found]
+    assert max(sizes) <= max([tokens, *(lengths[row] for row in rows)])
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
+def test_the_heaviest_pass_is_of_the_longest_rows(lengths: list[int], tokens: int) -> None:
+    chosen = heaviest_pass(lengths, tokens)
+    assert lengths[chosen[0]] == max(lengths)
+    assert sorted(lengths[row] for row in chosen) == sorted(lengths)[-len(chosen) :]
+    assert len(chosen) == 1 or sum(lengths[row] for row in chosen) <= tokens

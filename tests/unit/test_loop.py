@@ -354,6 +354,26 @@ class TestNotFinite:
         assert len(told.refused) == 1
 
 
+class TestSharedPasses:
+    @pytest.mark.parametrize("tokens", [1, 15, 40, 1000])
+    def test_the_rows_of_an_update_stay(self, base: PreTrainedModel, tokens: int) -> None:
+        rows, apart, together = random_rows(13), Told(), Told()
+        sizes: list[int] = []
+
+        def collate(some: Sequence[Row]) -> Batch:
+            sizes.append(sum(len(row.ids) for row in some))
+            return padded(some)
+
+        first, second = a_copy(base), a_copy(base)
+        run(first, apart, plan(**FOURS), rows=rows)
+        run(second, together, plan(**FOURS, pass_tokens=tokens), rows=rows, collate=collate)
+        assert max(sizes) <= max([tokens, *(len(row.ids) for row in rows)])
+        assert sizes[0] == max(sizes) or tokens == 1000  # the try before the first update
+        assert together.losses == pytest.approx(apart.losses, rel=1e-9)
+        for name, value in values(first).items():
+            torch.testing.assert_close(values(second)[name], value, rtol=1e-9, atol=1e-12)
+
+
 class Memory:
     """Collates, and then really asks the allocator for more than any machine has if rows are too many."""
 

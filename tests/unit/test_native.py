@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lorakit.ops import int8, native
+from lorakit.ops import int8, native, products
 from lorakit.ops.attention import Scores, packed_attention, packed_attention_reference, rotate
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.gated import Act, gated, gated_reference
@@ -122,6 +122,25 @@ def test_packed_attention(
     Y = packed_attention_reference(*exact, V, lengths, how)
     expected = torch.autograd.grad(Y, (Q, K, V), g.double())
     close((y, *torch.autograd.grad(y, (q, k, v), g.to(dtype))), (Y, *expected), dtype, factor=1.5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(70, 64, 96), (33, 576, 192), (128, 96, 1056), (64, 100, 60), (3, 64, 64)])
+def test_products_with_frozen_weights(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, width, outputs = shape
+    more = 32 if width % 32 == 0 else width
+    pairs = [
+        (torch.randn(rows, depth, dtype=dtype), torch.randn(outputs, depth, dtype=dtype))
+        for depth in (width, more)
+    ]
+    exact = sum(x.double() @ W.double().T for x, W in pairs)
+    assert (products.times(*pairs) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+    pairs = [
+        (torch.randn(rows, depth, dtype=dtype), torch.randn(depth, width, dtype=dtype))
+        for depth in (outputs, more)
+    ]
+    exact = sum(g.double() @ W.double() for g, W in pairs)
+    assert (products.back(*pairs) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
 
 
 @pytest.mark.parametrize("shape", [(33, 520, 640), (70, 576, 520), (128, 1000, 530), (1, 512, 512)])

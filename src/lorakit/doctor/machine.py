@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 import psutil
+import torch
 
 from lorakit import __version__, hardware
 from lorakit.files import cache_folder
@@ -60,8 +61,6 @@ def gpus() -> list[dict[str, Any]]:
     """Name, memory and compute capability of each GPU that torch can use. Not run on one yet."""
     if hardware.device() == "cpu":
         return []
-    import torch
-
     found = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     return [
         {"name": each.name, "memory_gb": round(each.total_memory / 1e9, 1),
@@ -74,15 +73,17 @@ def ops() -> dict[str, dict[str, str]]:
     """For each op with several ways to run: the one taken here, and why."""
     integers, passes = hardware.integer_products(), native.library() is not None
     bitsandbytes = _version("bitsandbytes") != "not installed"
-    compiled = "C++" if passes else "PyTorch"
+    compiled, units = "C++" if passes else "PyTorch", native.matrix_units()
+    fused = passes and native.multiplies(torch.bfloat16)
     return {
         "linear": {
-            "runs": f"one autograd node, {hardware.best_precision()}; thin products and dropout in {compiled}",
+            "runs": f"one autograd node, {hardware.best_precision()}; frozen products by "
+            f"{'matrix units (AMX)' if units else 'PyTorch'}, thin products and dropout in {compiled}",
             "why": "saves x and x Aᵀ alone; the plain formula where autocast or a trained weight asks for it",
         },
         "attention": {
-            "runs": f"packed rows, dense products by length, softmax in {compiled} "
-            "(llama, mistral, qwen2, qwen3); else torch's SDPA",
+            "runs": ("packed rows, one C++ pass" if fused else "packed rows, dense products by length")
+            + " (ten families); else torch's SDPA",
             "why": "no padding, and on a CPU a faster backward pass than the fused one",
         },
         "norm, gated, rotary": {
@@ -98,7 +99,7 @@ def ops() -> dict[str, dict[str, str]]:
             "why": "they are installed" if bitsandbytes else "bitsandbytes is not installed",
         },
         "8 bits": {
-            "runs": "integer products" if integers else "dense products",
+            "runs": "integer products, one C++ pass" if units else "integer products" if integers else "dense products",
             "why": "the hardware has them" if integers else "no integer products in hardware",
         },
         "C++ passes": {
