@@ -99,7 +99,9 @@ def ops() -> dict[str, dict[str, str]]:
             "why": "they are installed" if bitsandbytes else "bitsandbytes is not installed",
         },
         "8 bits": {
-            "runs": "integer products, one C++ pass" if units else "integer products" if integers else "dense products",
+            "runs": ("integer products, one C++ pass" if units else "integer products")
+            if integers
+            else "dense products",
             "why": "the hardware has them" if integers else "no integer products in hardware",
         },
         "C++ passes": {
