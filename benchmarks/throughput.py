@@ -5,11 +5,11 @@
 
 An update has 8 rows of an alpaca file. ``lorakit`` packs them into passes of up to 1,024 tokens, as training
 does. ``peft`` is PEFT on transformers as its Trainer runs it by default, one row at a time and eight
-accumulations; ``peft-padded`` all eight rows at once, padded to the longest, which is faster or slower with the
-spread of lengths; both with the same rank, targets, dropout, number format and AdamW, and with logits of all
-positions, as the Trainer has them. The ratio is against the faster of the two. In each round everyone trains
-the same rows once, in an order that turns, and every matrix product of lorakit's update is computed alone, in the same number format and shapes: the roofline. Ratios and shares are
-medians over rounds.
+accumulations; ``peft-padded`` all eight rows at once, padded to the longest, which is faster or slower with
+the spread of lengths; both with the same rank, targets, dropout, number format and AdamW, and with logits of
+all positions, as the Trainer has them. The ratio is against the faster of the two. In each round everyone
+trains the same rows once, in an order that turns, and every matrix product of lorakit's update is computed
+alone, in the same number format and shapes: the roofline. Ratios and shares are medians over rounds.
 Only a quiet machine gives numbers that mean something.
 
 ``peak_rss`` is measured in a process of its own for each. ``random-1b`` has the shapes of TinyLlama-1.1B, six
