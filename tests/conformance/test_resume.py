@@ -115,7 +115,7 @@ def keys_of(model: Path, data: Path, precision: str) -> dict[str, Any]:
     return {
         "model_name_or_path": str(model), "dataset": str(data), "tokenized_path": str(data.parent / "enc"),
         "bf16": precision == "bf16", "lora_rank": 4, "learning_rate": 0.01, "warmup_steps": 2,
-        "warmup_start_factor": 0.1, "max_steps": STEPS, "per_device_train_batch_size": 2,
+        "warmup_start_factor": 0.1, "max_steps": STEPS, "per_device_train_batch_size": 2, "pass_tokens": 0,
         "gradient_accumulation_steps": 2, "logging_steps": 3, "save_steps": 2, "plot_loss": False,
         "preprocessing_num_workers": 1,
     }  # fmt: skip

@@ -29,8 +29,8 @@ def settings_of(model: Path, data: Path, out: Path) -> dict[str, Any]:
     return {
         "model_name_or_path": str(model), "dataset": str(data), "tokenized_path": str(data.parent / "encoded"),
         "output_dir": str(out), "bf16": False, "lora_rank": 4, "learning_rate": 0.01, "max_steps": 6,
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1,
-        "save_steps": 2, "plot_loss": False, "preprocessing_num_workers": 1,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "pass_tokens": 0,
+        "logging_steps": 1, "save_steps": 2, "plot_loss": False, "preprocessing_num_workers": 1,
     }  # fmt: skip
 
 

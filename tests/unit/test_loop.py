@@ -368,7 +368,7 @@ class TestSharedPasses:
         run(first, apart, plan(**FOURS), rows=rows)
         run(second, together, plan(**FOURS, pass_tokens=tokens), rows=rows, collate=collate)
         assert max(sizes) <= max([tokens, *(len(row.ids) for row in rows)])
-        assert sizes[0] == max(sizes) or tokens == 1000  # the try before the first update
+        assert sizes[0] >= max(len(row.ids) for row in rows)  # the try before the first update
         assert together.losses == pytest.approx(apart.losses, rel=1e-9)
         for name, value in values(first).items():
             torch.testing.assert_close(values(second)[name], value, rtol=1e-9, atol=1e-12)

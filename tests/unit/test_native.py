@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -129,18 +130,17 @@ def test_packed_attention(
 def test_products_with_frozen_weights(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, width, outputs = shape
     more = 32 if width % 32 == 0 else width
-    pairs = [
-        (torch.randn(rows, depth, dtype=dtype), torch.randn(outputs, depth, dtype=dtype))
-        for depth in (width, more)
-    ]
-    exact = sum(x.double() @ W.double().T for x, W in pairs)
-    assert (products.times(*pairs) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
-    pairs = [
-        (torch.randn(rows, depth, dtype=dtype), torch.randn(depth, width, dtype=dtype))
-        for depth in (outputs, more)
-    ]
-    exact = sum(g.double() @ W.double() for g, W in pairs)
-    assert (products.back(*pairs) - exact).norm() <= TOLERANCE[dtype] * exact.norm()
+
+    def operands(inner: int, weight: Callable[[int], tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+        depths = (inner, more)
+        return [(torch.randn(rows, d, dtype=dtype), torch.randn(weight(d), dtype=dtype)) for d in depths]
+
+    forwards, backwards = operands(width, lambda d: (outputs, d)), operands(outputs, lambda d: (d, width))
+    with products.by_units():
+        y, gx = products.times(*forwards), products.back(*backwards)
+    Y = sum(x.double() @ W.double().T for x, W in forwards)
+    GX = sum(g.double() @ W.double() for g, W in backwards)
+    close((y, gx), (Y, GX), dtype)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", [(33, 520, 640), (70, 576, 520), (128, 1000, 530), (1, 512, 512)])

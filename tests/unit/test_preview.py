@@ -306,7 +306,7 @@ class TestCommand:
         [
             ({}, True),
             ({"model_type": "mistral", "sliding_window": 14}, True),
-            ({"model_type": "mistral", "sliding_window": 13}, False),
+            ({"model_type": "mistral", "sliding_window": 13}, True),
             ({"model_type": "gpt2"}, False),
             ({"model_type": "nobody_knows_it"}, False),
             ({"attention_dropout": 0.1}, False),

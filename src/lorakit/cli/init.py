@@ -49,7 +49,7 @@ def init(
 
     \b
     lorakit init --data rows.jsonl
-    lorakit init --model Qwen/Qwen3-0.6B --data rows.jsonl --task summaries --out qwen.yaml
+    lorakit init --model Qwen/Qwen3-0.6B --data rows.jsonl --out qwen.yaml
     """
     from lorakit import hardware
     from lorakit.config.presets import find_preset

@@ -231,6 +231,8 @@ class TrainConfig(BaseModel):
     """Put rows of like length into one batch."""
     max_tokens_per_batch: Count | None = None
     """Tokens in one forward pass, padding counted, instead of a number of rows; groups rows by length."""
+    pass_tokens: Annotated[int, Field(ge=0)] | None = None
+    """Rows of an update share forward passes of so many tokens; changes nothing else. 0: batches are passes."""
     preprocessing_num_workers: Count | None = None
     """Processes that encode rows; as many as there are cores if left out."""
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0

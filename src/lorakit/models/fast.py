@@ -22,6 +22,7 @@ from lorakit.ops.gated import Act, gated
 from lorakit.ops.linear import frozen_linears
 from lorakit.ops.loss import Softening, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
+from lorakit.ops.products import by_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,6 +44,7 @@ _targets: ContextVar[Tensor | None] = ContextVar("targets", default=None)
 def fast(model: PreTrainedModel, *, attention: bool) -> Iterator[None]:
     """Within the block, known parts compute by ops/, ``attention`` too where batches are packed."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(by_units())
         for module in model.modules():
             forward = _forward(module, attention)
             if forward is not None:

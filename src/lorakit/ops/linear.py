@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.ops import native
 from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.frozen import Frozen
-from lorakit.ops.products import back, times
+from lorakit.ops.products import back, fits, times
 
 _THIN = 32  # ranks up to which C++ passes beat matrix products
 
@@ -214,6 +214,8 @@ def frozen_linears(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 
 def _times(W: Tensor | Frozen, x_NI: Tensor, bias: Tensor | None) -> Tensor:
     """x Wᵀ + b, a tensor of its own that may be changed in place."""
+    if isinstance(W, Tensor) and bias is not None and not fits((x_NI, W)):
+        return F.linear(x_NI, W, bias)  # rounds once
     y_NO = times((x_NI, W)) if isinstance(W, Tensor) else W.times(x_NI)
     return y_NO if bias is None else y_NO.add_(bias)
 

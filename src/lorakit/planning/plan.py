@@ -154,7 +154,7 @@ def plan(
         settings = {"strategy": strategy_of(resolved) if resolved else "ddp", **settings}
     setup = _changed(setup, settings, facts)
     if resolved and not _says_passes(resolved) and settings.keys().isdisjoint(("batch", "accumulation")):
-        setup = setup.in_shared_passes(facts)
+        setup = setup.in_shared_passes(facts, resolved.pass_tokens)
     found = make_plan(facts, setup, limit=_bytes(limit), gflops=gflops)
     if resolved is None:
         return found

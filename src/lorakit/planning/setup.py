@@ -162,12 +162,13 @@ class Setup:
             return "eager"
         return self.attention or ("packed" if packs else "sdpa")
 
-    def in_shared_passes(self, facts: ModelFacts) -> Setup:
-        """The same updates as lorakit computes them on a CPU: rows share passes of `PASS_TOKENS`."""
-        if self.device != "cpu" or facts.family not in PACKABLE:
+    def in_shared_passes(self, facts: ModelFacts, tokens: int | None = None) -> Setup:
+        """The same updates with rows that share passes of ``tokens``; left out, of `PASS_TOKENS` on a CPU."""
+        tokens = (PASS_TOKENS if self.device == "cpu" else 0) if tokens is None else tokens
+        if not tokens or facts.family not in PACKABLE:
             return self
         rows = self.batch * self.accumulation
-        batch = min(rows, max(1, PASS_TOKENS // self.length))
+        batch = min(rows, max(1, tokens // self.length))
         return replace(self, batch=batch, accumulation=-(-rows // batch))
 
 

@@ -46,7 +46,11 @@ def pass_tokens(settings: Resolved, model: PreTrainedModel) -> int | None:
     On a GPU more tokens are faster; there micro-batches are passes, as the user sized them.
     """
     said = settings.packing or settings.max_tokens_per_batch or settings.auto_find_batch_size
-    return None if said or model.device.type != "cpu" or not can_pack(model) else PASS_TOKENS
+    if said or not can_pack(model):
+        return None
+    if settings.pass_tokens is not None:
+        return settings.pass_tokens or None
+    return PASS_TOKENS if model.device.type == "cpu" else None
 
 
 def make_plan(
