@@ -144,7 +144,7 @@ keys = json.loads(sys.argv[1])
 train(keys | {"max_steps": 1, "output_dir": keys["output_dir"] + "-first", "per_device_train_batch_size": 1})
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 size = int(status["VmSize"].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 25_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + 8_000_000, resource.RLIM_INFINITY))
 train(keys)
 """
 
