@@ -45,8 +45,10 @@ def fast(model: PreTrainedModel, *, attention: bool) -> Iterator[None]:
     """Within the block, known parts compute by ops/, ``attention`` too where batches are packed."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(by_units())
+        # Compiled code would be made anew for each layout. This imports the compiler: not before it is asked.
+        attend = torch.compiler.disable(packed_attention) if attention else None
         for module in model.modules():
-            forward = _forward(module, attention)
+            forward = _forward(module, attend)
             if forward is not None:
                 stack.enter_context(_replaced(module, forward))
         yield
@@ -103,7 +105,7 @@ def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
             module.forward = before
 
 
-def _forward(module: nn.Module, attention: bool) -> Callable[..., Any] | None:
+def _forward(module: nn.Module, attend: Callable[..., Tensor] | None) -> Callable[..., Any] | None:
     """What the module is to compute by, if it is known."""
     kind = type(module).__name__
     if not type(module).__module__.startswith("transformers.models.") or "forward" in vars(module):
@@ -112,8 +114,8 @@ def _forward(module: nn.Module, attention: bool) -> Callable[..., Any] | None:
         return functools.partial(_norm, module, NORMS[kind])
     if kind in MLPS and (act := _ACTS.get(type(module.act_fn).__name__)):
         return functools.partial(_mlp, module, act)
-    if kind in ATTENTIONS and attention and native.library() is not None:
-        return functools.partial(_attention, module)
+    if kind in ATTENTIONS and attend and native.library() is not None:
+        return functools.partial(_attention, module, attend)
     return None
 
 
@@ -147,6 +149,7 @@ def _is_plain(layer: nn.Module, x: Tensor) -> bool:
 
 def _attention(
     module: Any,
+    attend: Callable[..., Tensor],
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
@@ -169,11 +172,8 @@ def _attention(
     angles = (position_embeddings[0][0], position_embeddings[1][0])
     turned = (x.transpose(0, 1) for x in (q_THD, k_TGD, v_TGD))
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    out_HTD = _outside_compiled(*turned, lengths, Scores(module.scaling, window or 0), angles)
+    out_HTD = attend(*turned, lengths, Scores(module.scaling, window or 0), angles)
     return module.o_proj(out_HTD.transpose(0, 1).reshape(1, total, -1)), None
-
-
-_outside_compiled = torch.compiler.disable(packed_attention)  # else compiled anew for each layout
 
 
 def _loss_or_logits(head: nn.Linear, logits: Callable[[Tensor], Tensor], cap: float, x_BND: Tensor) -> Tensor:
