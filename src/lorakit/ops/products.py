@@ -53,7 +53,7 @@ def back(*pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 def fits(*pairs: tuple[Tensor, Tensor]) -> bool:
     """Whether matrix units compute the product of these."""
-    if not _by_units.get():
+    if torch.compiler.is_compiling() or not _by_units.get():
         return False
     tensors = [tensor for pair in pairs for tensor in pair]
     whole = not any(size % _STEP for _, W in pairs for size in W.shape)
