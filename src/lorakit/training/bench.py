@@ -6,7 +6,6 @@ frozen weight, there and back, alone on as many tokens: the roofline of a run wh
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -158,7 +157,6 @@ class _Meter(StopRequest):
         """Shares of the computing time of two more updates."""
         times, tokens = self.times[:], self.tokens[:]
         self._last = self._progress.step + _PROFILED
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler else tells stderr when it starts
         with profile(activities=[ProfilerActivity.CPU]) as seen:
             self.train(collate)
         self.times, self.tokens = times, tokens
