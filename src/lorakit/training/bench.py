@@ -10,6 +10,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from lorakit.adapters.attach import rank_allocator
 from lorakit.errors import UsageError
 from lorakit.evals.objective import batching
 from lorakit.ops import native
+from lorakit.ops.loss import _PRODUCT
 from lorakit.parallel.world import World
 from lorakit.training.engine import share_work, switches
 from lorakit.training.job import Job, build
@@ -85,7 +87,7 @@ def bench(
         meter.train(collate)
         parts = meter.profile(collate)
     rates = meter.rates()
-    bound = _bound(job, meter.tokens[-1])
+    bound = _bound(job)
     rate = statistics.median(rates)
     making = meter.loop_seconds and meter.data_seconds / meter.loop_seconds
     peak = round(hardware.memory_peak() / 1e9, 3)
@@ -146,12 +148,9 @@ class _Meter(StopRequest):
 
     def rates(self) -> list[float]:
         """Tokens a second of each update but the first, which prepares."""
-        done = [(b - a, t - s) for a, b, s, t in self._pairs()]
-        return [tokens / took for took, tokens in done[1:]] or [tokens / took for took, tokens in done]
-
-    def _pairs(self) -> list[tuple[float, float, int, int]]:
-        count = len(self.tokens) - 1
-        return [(self.times[i], self.times[i + 1], self.tokens[i], self.tokens[i + 1]) for i in range(count)]
+        times, tokens = pairwise(self.times), pairwise(self.tokens)
+        rates = [(t - s) / (b - a) for (a, b), (s, t) in zip(times, tokens, strict=True)]
+        return rates[1:] or rates
 
     def profile(self, collate: Callable[..., Any]) -> dict[str, float]:
         """Shares of the computing time of two more updates."""
@@ -167,7 +166,7 @@ class _Meter(StopRequest):
         return {part: time / sum(spent.values()) for part, time in spent.items()}
 
 
-def _bound(job: Job, trained: int) -> float:
+def _bound(job: Job) -> float:
     """Tokens a second of every product with a frozen weight, there and back, on a pass's worth of tokens."""
     run = frozen_products(job.model)
     lengths = [len(row.ids) for row in job.rows[:64]]
@@ -193,13 +192,12 @@ def frozen_products(model: nn.Module) -> Callable[[int, int], None]:
             if shape not in kept:
                 kept[shape] = torch.randn(shape, dtype=torch.float32).to(like)
             W = kept[shape]
-            count = labelled if is_head else tokens
-            x = _operand(count, shape[1], like)
-            for some in x.split(max(1, (1 << 24) // shape[0])) if is_head else (x,):
-                torch.mm(some, W.T)
-            g = _operand(count, shape[0], like) if not is_head else None
-            for some in x.split(max(1, (1 << 24) // shape[0])) if g is None else (g,):
-                torch.mm(some @ W.T if g is None else some, W)
+            if not is_head:
+                torch.mm(_operand(tokens, shape[1], like), W.T)
+                torch.mm(_operand(tokens, shape[0], like), W)
+                continue
+            for some in _operand(labelled, shape[1], like).split(max(1, _PRODUCT // shape[0])):
+                torch.mm(some @ W.T, W)
 
     return run
 
