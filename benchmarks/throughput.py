@@ -35,6 +35,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lorakit import add_lora_to_model, hardware
+from lorakit.config.resolve import PASS_TOKENS
 from lorakit.data.collate import pad
 from lorakit.data.encode import Row, encode_all
 from lorakit.data.packing import passes
@@ -53,7 +54,6 @@ from lorakit.optim.build import build_optimizer
 from lorakit.optim.spec import OptimizerSpec
 from lorakit.parallel.strategy import Strategy
 from lorakit.parallel.world import World
-from lorakit.training.engine import PASS_TOKENS
 from lorakit.training.step import train_step
 
 ROWS, RANK, RATE = 8, 8, 1e-4

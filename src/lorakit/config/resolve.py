@@ -38,6 +38,7 @@ _OTHER_SPELLINGS = (  # of values that stand elsewhere
     "load_in_8bit",
     "use_qlora",
 )
+PASS_TOKENS = 1024  # of a pass on a CPU: products are as fast as with more, and activations are small
 _PRECISIONS: dict[str, hardware.Precision] = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -68,6 +69,11 @@ class Resolved(TrainConfig):
     effective_batch: int  # sequences in one update
     origins: Mapping[str, str]
     warnings: tuple[str, ...]
+
+    @property
+    def says_passes(self) -> bool:
+        """Whether the user says which rows share a pass, so that `pass_tokens` does not."""
+        return bool(self.packing or self.max_tokens_per_batch or self.auto_find_batch_size)
 
     def to_yaml(self) -> str:
         """The values as plain YAML keys, one a line, each with its origin as a comment."""

@@ -153,7 +153,7 @@ def plan(
     if settings.get("ranks", 1) != 1:
         settings = {"strategy": strategy_of(resolved) if resolved else "ddp", **settings}
     setup = _changed(setup, settings, facts)
-    if resolved and not _says_passes(resolved) and settings.keys().isdisjoint(("batch", "accumulation")):
+    if resolved and not resolved.says_passes and settings.keys().isdisjoint(("batch", "accumulation")):
         setup = setup.in_shared_passes(facts, resolved.pass_tokens)
     found = make_plan(facts, setup, limit=_bytes(limit), gflops=gflops)
     if resolved is None:
@@ -192,11 +192,6 @@ def make_plan(
         fit=fit(facts, setup, limit) if limit else None,
         notes=tuple(_notes(facts, setup)),
     )
-
-
-def _says_passes(settings: Resolved) -> bool:
-    """Whether the user says which rows share a pass (`lorakit.training.engine.pass_tokens`)."""
-    return bool(settings.packing or settings.max_tokens_per_batch or settings.auto_find_batch_size)
 
 
 def _resolved(config: str | Path | Mapping[str, Any], overrides: Sequence[str]) -> Resolved:

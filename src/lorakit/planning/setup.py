@@ -25,7 +25,6 @@ Loss = Literal["chunked", "plain"]
 Pattern = tuple[tuple[str, int], ...]
 
 BYTES: dict[Precision, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
-PASS_TOKENS = 1024  # (`lorakit.training.engine`)
 # Families that lorakit trains on rows laid end to end (`lorakit.models.patch.PACKABLE`).
 PACKABLE = frozenset(
     {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "gpt_neox"}
@@ -164,6 +163,8 @@ class Setup:
 
     def in_shared_passes(self, facts: ModelFacts, tokens: int | None = None) -> Setup:
         """The same updates with rows that share passes of ``tokens``; left out, of `PASS_TOKENS` on a CPU."""
+        from lorakit.config.resolve import PASS_TOKENS  # there already, with the configuration that said so
+
         tokens = (PASS_TOKENS if self.device == "cpu" else 0) if tokens is None else tokens
         if not tokens or facts.family not in PACKABLE:
             return self

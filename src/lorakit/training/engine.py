@@ -12,7 +12,7 @@ import torch
 
 from lorakit import __version__
 from lorakit.checkpoint.resume import settings_of
-from lorakit.config.resolve import Resolved
+from lorakit.config.resolve import PASS_TOKENS, Resolved
 from lorakit.config.rules import HIGHER_IS_BETTER
 from lorakit.data.collate import Batch
 from lorakit.data.encode import Row
@@ -36,17 +36,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Tokens of a pass on a CPU: products are as fast as with more, and activations are small.
-PASS_TOKENS = 1024
-
-
 def pass_tokens(settings: Resolved, model: PreTrainedModel) -> int | None:
     """How many tokens share a pass if nobody says which rows do; an update keeps its rows.
 
     On a GPU more tokens are faster; there micro-batches are passes, as the user sized them.
     """
-    said = settings.packing or settings.max_tokens_per_batch or settings.auto_find_batch_size
-    if said or not can_pack(model):
+    if settings.says_passes or not can_pack(model):
         return None
     if settings.pass_tokens is not None:
         return settings.pass_tokens or None
