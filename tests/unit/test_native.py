@@ -126,7 +126,18 @@ def test_packed_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(70, 64, 96), (33, 576, 192), (128, 96, 1056), (64, 100, 60), (3, 64, 64)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (70, 64, 96),
+        (33, 576, 192),
+        (128, 96, 1056),
+        (64, 100, 60),
+        (3, 64, 64),
+        (33, 2592, 544),
+        (70, 96, 2592),
+    ],
+)
 def test_products_with_frozen_weights(dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
     rows, width, outputs = shape
     more = 32 if width % 32 == 0 else width

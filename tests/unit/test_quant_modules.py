@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorakit.errors import ModelError, UsageError
+from lorakit.ops import products
 from lorakit.quant import interop
 from lorakit.quant.blockwise import FourBit
 from lorakit.quant.formats import Format, from_file, to_file
@@ -69,6 +70,21 @@ def test_it_computes_as_a_linear_layer_with_the_weight_that_it_reads(form: Forma
     (expected * weights).sum().backward()
     assert torch.allclose(x.grad.double(), reference.grad, rtol=1e-5, atol=1e-6)
     assert not any(p.requires_grad for p in layer.parameters())
+
+
+@EVERY
+@pytest.mark.parametrize(("features", "out"), [(96, 64), (64, 352), (1056, 32)])
+def test_matrix_units_decode_what_read_gives(form: Format, features: int, out: int) -> None:
+    """Rows of the identity pick out single weights, which no sum rounds."""
+    layer = quantized(dense(features, out).bfloat16(), form)
+    W = layer.read()
+    with products.by_units():
+        assert torch.equal(layer.times(torch.eye(features).bfloat16()), W.T)
+        assert torch.equal(layer.back(torch.eye(out).bfloat16()), W)
+        x, g = torch.randn(70, features).bfloat16(), torch.randn(70, out).bfloat16()
+        y, gx = x.double() @ W.double().T, g.double() @ W.double()
+        assert (layer.times(x) - y).norm() < 3e-3 * y.norm()
+        assert (layer.back(g) - gx).norm() < 3e-3 * gx.norm()
 
 
 @EVERY

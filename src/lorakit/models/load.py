@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorakit.config.quantization import Quantization
 from lorakit.errors import ModelError
@@ -18,7 +18,7 @@ from lorakit.models.gguf import streamable
 from lorakit.models.quantized import DTYPES, tell_quantized
 from lorakit.models.quiet import quiet
 from lorakit.models.sources import ModelSource, local_folder, stored_quantization
-from lorakit.models.stream import check_finite, dense_weight_reader, stored_gguf, stored_weights, stream
+from lorakit.models.stream import dense_weight_reader, stored_gguf, stored_weights, stream
 
 
 def load_model(
@@ -48,34 +48,20 @@ def load_model(
             remedy="leave the quantisation keys out, or use the original model",
         )
     settings = quantization or stored
-    loaded: Any
     with quiet(), _explained("model", folder):
-        if settings:
-            loaded = stream(
-                folder,
-                lambda model: stored_gguf(source.file, model) if direct else stored_weights(folder),
-                settings,
-                only_stored=stored is not None,
-                dtype=DTYPES[precision],
-                device=device,
-                trust_remote_code=trust_remote_code,
-            )
-        else:
-            loaded = AutoModelForCausalLM.from_pretrained(
-                folder,
-                dtype=DTYPES[precision],
-                use_safetensors=True,
-                ignore_mismatched_sizes=True,  # so that all of them can be named below
-                output_loading_info=True,
-                trust_remote_code=trust_remote_code,
-            )
+        loaded = stream(
+            folder,
+            lambda model: stored_gguf(source.file, model) if direct else stored_weights(folder),
+            settings,
+            only_stored=stored is not None,
+            dtype=DTYPES[precision],
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
     model: PreTrainedModel = loaded[0]
     _check_loaded(folder, loaded[1])
     if settings:
         tell_quantized(model)
-    else:
-        for name, parameter in model.named_parameters():
-            check_finite(name, parameter)
     return model.requires_grad_(False).eval().to(device)
 
 

@@ -1,4 +1,4 @@
-"""Loads a model with its linear layers quantised on the way, one tensor after the other.
+"""Loads a model one tensor after the other, with its linear layers quantised on the way if that is wished.
 
 Memory never holds more than the result and the tensor at hand. Renaming, fusing and tying are left to
 transformers' own loader, through two doors it has for others: a state dict, here of tensors that are read when
@@ -146,7 +146,7 @@ def dense_weight_reader(folder: Path, model: PreTrainedModel) -> Callable[[str],
 def stream(
     folder: Path,
     weights_for: Callable[[PreTrainedModel], dict[str, Stored]],
-    quantization: Quantization,
+    quantization: Quantization | None,
     *,
     only_stored: bool = False,
     dtype: torch.dtype,
@@ -158,7 +158,7 @@ def stream(
     Args:
         folder: has config.json.
         weights_for: gives the weights of a model (which has none yet) by their names in the file.
-        quantization: how to quantise the linear layers, and who computes with them.
+        quantization: how to quantise the linear layers, and who computes with them; None for a dense model.
         only_stored: take the layers that the file has quantised, and quantise no other.
         dtype: number format of everything else.
         device: where packed weights go.
@@ -169,7 +169,7 @@ def stream(
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     weights = weights_for(empty)
-    plan = _Plan(
+    plan = quantization and _Plan(
         weights=weights, quantization=quantization, only_stored=only_stored, dtype=dtype, device=device
     )
     generation = (folder / "generation_config.json").is_file()
@@ -184,7 +184,8 @@ def stream(
         output_loading_info=True,
     )
     model.name_or_path = model.config.name_or_path = str(folder)
-    return model, {**info, "mismatched_keys": {*info["mismatched_keys"], *plan.misshapen}}
+    misshapen = plan.misshapen if plan else []
+    return model, {**info, "mismatched_keys": {*info["mismatched_keys"], *misshapen}}
 
 
 @register_quantization_config(_NAME)

@@ -36,19 +36,6 @@ std::vector<Task> tasks(const int64_t* starts, const Sizes& z) {
     return all;
 }
 
-// A thread's memory, kept from call to call.
-struct Space {
-    std::vector<char> bytes;
-    size_t used = 0;
-    void reserve(size_t size) { if (bytes.size() < size + 64) bytes.resize(size + 64); used = 0; }
-    template <class T> T* take(long count) {
-        char* start = (char*)(((uintptr_t)bytes.data() + 63) & ~(uintptr_t)63) + used;
-        used += (count * sizeof(T) + 63) & ~(size_t)63;
-        return (T*)start;
-    }
-};
-thread_local Space space;
-
 // Which of the keys from c0 to c1 the row sees.
 struct Span {
     long begin, end;

@@ -116,11 +116,9 @@ void write_block(const Operands& z, const int32_t* sums, const float* more, cons
 void columns_of(const Operands& z, const Rounded& x, bf16* y, long first_column, long last_column) {
     const Units units;
     const long steps = whole(z.depth, DEPTH) / DEPTH, panels = whole(last_column - first_column) / 16;
-    static thread_local std::vector<char> memory;
-    const size_t needed = panels * (steps * BYTES + TILE * sizeof(bf16)) + 64;
-    if (memory.size() < needed) memory.resize(needed);
-    int8_t* packed = (int8_t*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
-    bf16* beside = (bf16*)(packed + panels * steps * BYTES);
+    space.reserve(panels * (steps * BYTES + TILE * sizeof(bf16)));
+    int8_t* packed = space.take<int8_t>(panels * steps * BYTES);
+    bf16* beside = space.take<bf16>(panels * TILE);
     for (long j = 0; j < panels; j++) {
         const long column = first_column + j * 16;
         for (long k = 0; k < steps; k++) {

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import native
+from lorakit.ops.products import back, times
 
 IGNORE = -100  # the label of tokens that carry no loss, as everywhere in this field
 _CHUNK = 1 << 20  # logits handled at once: 4 MB in float32
@@ -73,9 +74,9 @@ class _LinearCrossEntropySum(torch.autograd.Function):
         for x in _rows(x_ND, len(W_VD), _PRODUCT):
             rows = slice(start, start + len(x))
             start += len(x)
-            logits_nV = x @ W_VD.T
+            logits_nV = times((x, W_VD))
             total += _slopes(logits_nV, labels_N[rows], how)
-            torch.mm(logits_nV, W_VD, out=grad_ND[rows])
+            grad_ND[rows] = back((logits_nV, W_VD))
             del logits_nV  # before the next are made
         ctx.save_for_backward(grad_ND)
         return total

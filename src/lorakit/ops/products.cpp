@@ -1,18 +1,30 @@
 // Products of activations and frozen weights in bfloat16 by matrix units: y = sum of x_i W_i' (or x_i W_i) over factors.
 //
-// A thread packs some columns of the weights and then goes through all rows; the sums stay in the units until a block of
-// results is written. PyTorch's products are as fast for some shapes and half as fast for others.
+// A thread packs some columns of the weights, which four-bit ones are decoded for, and then goes through all rows; the sums
+// stay in the units until a block of results is written. PyTorch's products are as fast for some shapes and half as fast
+// for others, and need a decoded copy.
 
 #include "tiles.h"
 
 namespace {
 
 constexpr long PANEL = 1 << 20;  // bytes of packed weights at a time: half of a level 2 cache
+constexpr long WIDTH = 256;      // columns of them at least: each more reads the activations once more
+
+// How numbers are kept in four bits: two codes a byte, the first in the high half, blocks of them with one factor each.
+// With `dynamic`, the factors are 8-bit codes of these 256 values, times one of 256 blocks' `nested`, plus `offset`.
+struct FourBits {
+    const float* values;  // of the 16 codes; none: W is bfloat16
+    const void* absmax;
+    long blocksize;
+    const float *dynamic, *nested, *offset;
+};
 
 struct Factor {
     const bf16* x;  // [rows, depth]
-    const bf16* W;  // [columns, depth], or [depth, columns] for the way back
+    const void* W;  // [columns, depth], or [depth, columns] for the way back
     long depth;
+    FourBits how;
 };
 
 #ifdef __AMX_BF16__
@@ -21,61 +33,146 @@ struct Product {
     long count, rows, columns;
     bool back;
     bf16* y;
-    inline long depth() const {
+    inline long steps() const {  // of 32 numbers, the depths of all factors one after the other
         long all = 0;
-        for (long f = 0; f < count; f++) all += factors[f].depth;
+        for (long f = 0; f < count; f++) all += factors[f].depth / 32;
         return all;
     }
 };
 
-// The columns of all weights, each pair of panels [depth / 32 tiles] after the other.
-void pack_weights(const Product& z, long first, long last, bf16* to) {
-    const long deep = z.depth() / 32;
-    for (long f = 0, done = 0; f < z.count; done += z.factors[f++].depth / 32) {
-        const Factor& each = z.factors[f];
-        const Tiles<bf16> tiles{to + done * TILE, deep, 1};
-        if (z.back) pack(each.W + first, z.columns, each.depth, last - first, tiles);
-        else pack_transposed(each.W + first * each.depth, each.depth, each.depth, last - first, tiles);
+// What a thread does at a time: some columns, some steps; the packed weights of these.
+struct Part {
+    long first, last, from, to;
+    bf16* packed;
+    inline long width() const { return last - first; }
+    inline long steps() const { return to - from; }
+    inline Tiles<bf16> tiles(long column, long step) const {
+        return {packed + ((column - first) / 16 * steps() + step - from) * TILE, steps(), 1};
+    }
+};
+
+// do(factor, first and last of its steps that are in the part, step at which it begins)
+template <class Do> inline void each_factor(const Product& z, const Part& part, Do&& act) {
+    for (long f = 0, begin = 0; f < z.count; begin += z.factors[f++].depth / 32) {
+        const long low = std::max(part.from - begin, 0L), high = std::min(part.to - begin, z.factors[f].depth / 32);
+        if (low < high) act(f, low, high, begin);
     }
 }
 
-// The last rows, followed by zeros to 32 of them.
-void pad_rows(const Factor& each, long row, long rows, bf16* to) {
-    std::memcpy((void*)to, each.x + row * each.depth, (rows - row) * each.depth * sizeof(bf16));
-    std::memset((void*)(to + (rows - row) * each.depth), 0, (32 - rows + row) * each.depth * sizeof(bf16));
+inline float factor_of(const FourBits& how, long block) {
+    if (!how.dynamic) return ((const float*)how.absmax)[block];
+    float scaled = how.dynamic[((const uint8_t*)how.absmax)[block]] * how.nested[block / 256];
+    asm("" : "+x"(scaled));  // rounded before the offset is added, as elsewhere
+    return scaled + *how.offset;
 }
 
-void columns_of(const Product& z, long first, long last) {
-    const Units units;
-    const long deep = z.depth() / 32;
-    static thread_local std::vector<char> memory;
-    const size_t needed = ((last - first) / 16 * deep + 2 * deep) * TILE * sizeof(bf16) + 64;
-    if (memory.size() < needed) memory.resize(needed);
-    bf16* packed = (bf16*)(((uintptr_t)memory.data() + 63) & ~(uintptr_t)63);
-    bf16* padded = packed + (last - first) / 16 * deep * TILE;
-    pack_weights(z, first, last, packed);
-    alignas(64) float sums[1024];
+// 32 consecutive numbers, from `first` on; block sizes are powers of two from 32 on.
+inline void decode(const FourBits& how, const uint8_t* codes, long first, __m512 values, bf16* to) {
+    const __m512 factor = _mm512_set1_ps(factor_of(how, first >> __builtin_ctzl(how.blocksize)));
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(codes + first / 2)));
+    const __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), values);
+    const __m512 odd = _mm512_permutexvar_ps(bytes, values);  // looks at four bits only
+    const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(even, factor));
+    const __m256i high = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(odd, factor));
+    const __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+    _mm512_storeu_si512(to, both);
+}
+
+// 32 rows and 32 columns of a weight [.., width] from (row, column) on: where they lie, or decoded into `here`.
+struct Block {
+    const bf16* at;
+    long stride;
+};
+inline Block block_of(const Factor& f, long width, long row, long column, bf16* here) {
+    const long first = row * width + column;
+    if (!f.how.values) return {(const bf16*)f.W + first, width};
+    const __m512 values = _mm512_loadu_ps(f.how.values);
+    for (long i = 0; i < 32; i++) decode(f.how, (const uint8_t*)f.W, first + i * width, values, here + i * 32);
+    return {here, 32};
+}
+
+void pack_weights(const Product& z, const Part& part) {
+    alignas(64) bf16 here[1024];
+    each_factor(z, part, [&](long f, long low, long high, long begin) {
+        const Factor& each = z.factors[f];
+        for (long column = part.first; column < part.last; column += 32)
+            for (long k = low; k < high; k++) {
+                const Block w = z.back ? block_of(each, z.columns, k * 32, column, here)
+                                       : block_of(each, each.depth, column, k * 32, here);
+                if (z.back) pack(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
+                else pack_transposed(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
+            }
+    });
+}
+
+// The rows that are left, as whole 32 with zeros.
+void pad_rows(const Factor& each, long rows, long low, long high, long row, bf16* to) {
+    const long depth = (high - low) * 32;
+    for (long i = 0; i < 32; i++)
+        if (row + i < rows) std::memcpy((void*)(to + i * depth), each.x + (row + i) * each.depth + low * 32, depth * 2);
+        else std::memset((void*)(to + i * depth), 0, depth * 2);
+}
+
+struct Rows {  // 32 of a factor's x, from the first of the part's steps on
+    const bf16* at;
+    long stride, steps, begin;
+};
+
+void write(const float* sums, long stride, long rows, bf16* y, long columns) {
+    for (long i = 0; i < rows; i++) {
+        store(y + i * columns, load(sums + i * stride));
+        store(y + i * columns + 16, load(sums + i * stride + 16));
+    }
+}
+
+// Adds a part to the sums of its columns, or writes them if it is the last.
+void multiply_part(const Product& z, const Part& part, bf16* padded, float* kept) {
+    alignas(64) float here[1024];
+    const bool more = part.from > 0, last = part.to == z.steps();
     for (long row = 0; row < z.rows; row += 32) {
-        const bf16* x[8];
-        for (long f = 0, done = 0; f < z.count; done += 32 * z.factors[f++].depth) {
-            x[f] = z.factors[f].x + row * z.factors[f].depth;
-            if (row + 32 > z.rows) pad_rows(z.factors[f], row, z.rows, padded + done), x[f] = padded + done;
-        }
-        for (long column = first; column < last; column += 32) {
-            const bf16* b = packed + (column - first) / 16 * deep * TILE;
-            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            for (long f = 0; f < z.count; f++) {
-                const long depth = z.factors[f].depth;
-                multiply_add(x[f], depth, {(bf16*)b, deep, 1}, depth);
-                b += depth / 32 * TILE;
+        Rows x[8];
+        long count = 0;
+        each_factor(z, part, [&](long f, long low, long high, long begin) {
+            const Factor& each = z.factors[f];
+            x[count] = {each.x + row * each.depth + low * 32, each.depth, high - low, begin + low};
+            if (row + 32 > z.rows) {
+                bf16* to = padded + (begin + low - part.from) * 1024;
+                pad_rows(each, z.rows, low, high, row, to);
+                x[count].at = to, x[count].stride = (high - low) * 32;
             }
-            _tile_stored(0, sums, 128); _tile_stored(1, sums + 16, 128);
-            _tile_stored(2, sums + 512, 128); _tile_stored(3, sums + 528, 128);
-            for (long i = 0; i < 32 && row + i < z.rows; i++) {
-                store(z.y + (row + i) * z.columns + column, load(sums + i * 32));
-                store(z.y + (row + i) * z.columns + column + 16, load(sums + i * 32 + 16));
+            count++;
+        });
+        for (long column = part.first; column < part.last; column += 32) {
+            float* mine = kept ? kept + row * part.width() + (column - part.first) : here;
+            const long stride = kept ? part.width() : 32;
+            float *c1 = mine + 16, *c2 = mine + 16 * stride, *c3 = c2 + 16;
+            if (more) {
+                _tile_loadd(0, mine, 4 * stride); _tile_loadd(1, c1, 4 * stride);
+                _tile_loadd(2, c2, 4 * stride); _tile_loadd(3, c3, 4 * stride);
+            } else {
+                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
             }
+            for (long f = 0; f < count; f++)
+                multiply_add(x[f].at, x[f].stride, part.tiles(column, x[f].begin), x[f].steps * 32);
+            _tile_stored(0, mine, 4 * stride); _tile_stored(1, c1, 4 * stride);
+            _tile_stored(2, c2, 4 * stride); _tile_stored(3, c3, 4 * stride);
+            if (last) write(mine, stride, std::min(32L, z.rows - row), z.y + row * z.columns + column, z.columns);
         }
+    }
+}
+
+void columns_of(const Product& z, long first, long last, long steps) {
+    const Units units;
+    const long width = last - first, all = z.steps();
+    const long sums = steps < all ? whole(z.rows) * width : 0;
+    space.reserve((width + 32) * steps * 32 * sizeof(bf16) + sums * sizeof(float) + 128);
+    bf16* packed = space.take<bf16>(width * steps * 32);
+    bf16* padded = space.take<bf16>(32 * steps * 32);
+    float* kept = sums ? space.take<float>(sums) : nullptr;
+    for (long from = 0; from < all; from += steps) {
+        const Part part{first, last, from, std::min(all, from + steps), packed};
+        pack_weights(z, part);
+        multiply_part(z, part, padded, kept);
     }
 }
 #endif
@@ -91,14 +188,15 @@ EXPORT int lorakit_matrix_units() {
 #endif
 }
 
-// Depths and columns are multiples of 32; `factors` holds count triples (x, W, depth).
+// Depths and columns are multiples of 32; at most 8 factors.
 EXPORT void lorakit_products(int, const void* factors, long count, void* y, long rows, long columns, long back,
                              int threads) {
 #ifdef __AMX_BF16__
     const Product z{(const Factor*)factors, count, rows, columns, back != 0, (bf16*)y};
-    const long most = std::max(1L, PANEL / (z.depth() * 2) / 32) * 32, even = whole((columns + threads - 1) / threads);
-    const long width = std::min(most, even), blocks = (columns + width - 1) / width;
+    const long all = z.steps(), even = whole((columns + threads - 1) / threads);
+    const long width = std::min(even, std::max(WIDTH, PANEL / (all * 64) / 32 * 32));
+    const long steps = std::min(all, std::max(1L, PANEL / (width * 64))), blocks = (columns + width - 1) / width;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < blocks; b++) columns_of(z, b * width, std::min(columns, (b + 1) * width));
+    for (long b = 0; b < blocks; b++) columns_of(z, b * width, std::min(columns, (b + 1) * width), steps);
 #endif
 }

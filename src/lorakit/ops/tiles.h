@@ -16,6 +16,19 @@ namespace {
 
 constexpr long TILE = 512;  // numbers of a tile
 
+// A thread's memory, kept from call to call.
+struct Space {
+    std::vector<char> bytes;
+    size_t used = 0;
+    void reserve(size_t size) { if (bytes.size() < size + 64) bytes.resize(size + 64); used = 0; }
+    template <class T> T* take(long count) {
+        char* start = (char*)(((uintptr_t)bytes.data() + 63) & ~(uintptr_t)63) + used;
+        used += (count * sizeof(T) + 63) & ~(size_t)63;
+        return (T*)start;
+    }
+};
+thread_local Space space;
+
 inline long whole(long n, long to = 32) { return (n + to - 1) / to * to; }
 
 template <class T> struct Tiles {  // a packed matrix: where the tile of column block j and row block k stands

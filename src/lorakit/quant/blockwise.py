@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lorakit.errors import ModelError
+from lorakit.ops.products import FourBits
 from lorakit.quant.codebooks import codebook, nearest, pairs, quick
 from lorakit.quant.kernels import DTYPES, decode, installed
 
@@ -119,6 +120,14 @@ class FourBit:
                 out = torch.empty(stop - start, features, dtype=dtype, device=absmax.device)
                 self._decode(tensors, absmax, start * features, out.view(-1))
                 yield out
+
+    def factor(self, tensors: Mapping[str, Tensor], shape: tuple[int, int]) -> FourBits:
+        """The weight as products by matrix units take it."""
+        kept = FourBits(shape, tensors["weight"], codebook(self.kind), self.blocksize, tensors["absmax"])
+        if not self.double:
+            return kept
+        nested, offset = tensors["nested_absmax"], tensors["offset"]
+        return kept._replace(dynamic=codebook("dynamic8"), nested=nested, offset=offset)
 
     def _decode(self, tensors: Mapping[str, Tensor], absmax: Tensor, first: int, out: Tensor) -> None:
         """The weight's numbers from the start of a block, number ``first``, until ``out`` is full."""

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lorakit.errors import ModelError
-from lorakit.ops import int8
+from lorakit.ops import int8, products
 from lorakit.ops.frozen import back, times
 from lorakit.ops.linear import frozen_linear
+from lorakit.quant.blockwise import FourBit
 from lorakit.quant.formats import Format, from_file, to_file
 from lorakit.quant.int8 import Int8
 
@@ -111,6 +112,8 @@ class QuantLinear(nn.Module):
             )
             if y_NO is not None:
                 return y_NO
+        if isinstance(self.form, FourBit) and products.fits(pair := (x_NI, self._factor(self.form))):
+            return products.times_by_units(pair)
         return times(self._blocks(x_NI.dtype), x_NI, self.out_features)
 
     def back(self, g_NO: Tensor) -> Tensor:
@@ -119,7 +122,12 @@ class QuantLinear(nn.Module):
             gx_NI = int8.back(g_NO, self.weight, self.get_buffer("SCB") * (1 / 127), self.tally)
             if gx_NI is not None:
                 return gx_NI
+        if isinstance(self.form, FourBit) and products.fits(pair := (g_NO, self._factor(self.form))):
+            return products.back_by_units(pair)
         return back(self._blocks(g_NO.dtype), g_NO)
+
+    def _factor(self, form: FourBit) -> products.FourBits:
+        return form.factor(self.tensors(), self.shape)
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         return self.form.blocks(self.tensors(), self.shape, dtype)
