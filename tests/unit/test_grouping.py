@@ -138,9 +138,10 @@ def test_passes_hold_the_rows_of_an_update(lengths: list[int], tokens: int, seed
     assert max(sizes) <= max([tokens, *(lengths[row] for row in rows)])
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120))
-def test_the_heaviest_pass_is_of_the_longest_rows(lengths: list[int], tokens: int) -> None:
-    chosen = heaviest_pass(lengths, tokens)
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=60), st.integers(1, 120), st.integers(1, 60))
+def test_the_heaviest_pass_is_of_the_longest_rows(lengths: list[int], tokens: int, rows: int) -> None:
+    chosen = heaviest_pass(lengths, tokens, rows)
     assert lengths[chosen[0]] == max(lengths)
+    assert len(chosen) <= rows, "of one update"
     assert sorted(lengths[row] for row in chosen) == sorted(lengths)[-len(chosen) :]
     assert len(chosen) == 1 or sum(lengths[row] for row in chosen) <= tokens

@@ -53,9 +53,9 @@ def passes(lengths: Sequence[int], rows: Sequence[int], tokens: int) -> list[lis
     return [[rows[i] for i in group] for group in best_fit(sizes, max([tokens, *sizes]))]
 
 
-def heaviest_pass(lengths: Sequence[int], tokens: int) -> list[int]:
-    """The longest rows that `passes` could put together."""
-    ranked = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+def heaviest_pass(lengths: Sequence[int], tokens: int, rows: int) -> list[int]:
+    """The longest rows that `passes` could put together for an update of so many ``rows``."""
+    ranked = sorted(range(len(lengths)), key=lambda row: -lengths[row])[:rows]
     chosen, left = ranked[:1], tokens - int(lengths[ranked[0]])
     for row in ranked[1:]:
         if lengths[row] > left:

@@ -183,6 +183,7 @@ def stream(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    give_back_memory()  # what was read to be cast
     model.name_or_path = model.config.name_or_path = str(folder)
     misshapen = plan.misshapen if plan else []
     return model, {**info, "mismatched_keys": {*info["mismatched_keys"], *misshapen}}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 _MAX_PADDING = 1.3  # a bucket's longest segment over its shortest
 _TILE = 256  # query rows of one product
@@ -157,8 +157,8 @@ class _PackedAttention(torch.autograd.Function):
         lengths: tuple[int, ...],
         how: Scores,
     ) -> Tensor:
-        out_THD = torch.empty_like(q_THD)
-        lse_TH = q_THD.new_empty(q_THD.shape[:2], dtype=torch.float32)
+        out_THD = buffers.empty_like(q_THD)
+        lse_TH = buffers.empty(tuple(q_THD.shape[:2]), torch.float32)
         operands, described = (q_THD, k_TGD, v_TGD, cos, sin), _described(q_THD, k_TGD, lengths, how)
         native.run("attention_forward", q_THD.dtype, *operands, out_THD, lse_TH, *described)
         ctx.save_for_backward(*operands, out_THD, lse_TH)
@@ -170,7 +170,7 @@ class _PackedAttention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         *operands, out_THD, lse_TH = ctx.saved_tensors
         q_THD, k_TGD, v_TGD = operands[:3]
-        results = [torch.empty_like(x) for x in (q_THD, k_TGD, v_TGD)]
+        results = [buffers.empty_like(x) for x in (q_THD, k_TGD, v_TGD)]
         given = (grads[0].contiguous(), out_THD, lse_TH, *operands, *results)
         described = _described(q_THD, k_TGD, ctx.lengths, ctx.how)
         native.run("attention_backward", q_THD.dtype, *given, *described)

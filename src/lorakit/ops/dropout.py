@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 _BLOCK = 32  # elements of two hashes' worth of lanes: 16 from the low halves, 16 from the high ones
 _LOW = 0xFFFFFFFF
@@ -53,7 +53,7 @@ class Mask:
         rows = x.numel() // width
         if not native.fits(x):
             return x * self.factors(rows, width).view_as(x).to(x.device, x.dtype)
-        y = torch.empty_like(x)
+        y = buffers.empty_like(x)
         native.run("dropout", x.dtype, x, y, rows, width, *self.arguments())
         return y
 

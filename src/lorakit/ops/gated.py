@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 Act = Literal["silu", "gelu_tanh"]
 _KINDS: dict[Act, int] = {"silu": 0, "gelu_tanh": 1}
@@ -31,7 +31,7 @@ def gated_reference(gate: Tensor, up: Tensor, act: Act) -> Tensor:
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, kind: int) -> Tensor:
-        out, width = torch.empty_like(gate), gate.shape[-1]
+        out, width = buffers.empty_like(gate), gate.shape[-1]
         native.run("gated_forward", gate.dtype, kind, gate, up, out, gate.numel() // width, width, width)
         ctx.save_for_backward(gate, up)
         ctx.kind = kind
@@ -42,7 +42,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         gate, up = ctx.saved_tensors
         g, width = grads[0].contiguous(), gate.shape[-1]
-        g_gate, g_up = torch.empty_like(gate), torch.empty_like(up)
+        g_gate, g_up = buffers.empty_like(gate), buffers.empty_like(up)
         rows = gate.numel() // width
         native.run("gated_backward", gate.dtype, ctx.kind, g, gate, up, g_gate, g_up, rows, width, width)
         return g_gate, g_up, None

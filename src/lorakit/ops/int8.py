@@ -29,7 +29,7 @@ from torch import Tensor
 
 from lorakit import hardware
 from lorakit.log import logger
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 BOUND = 0.05  # relative error of a product; on SmolLM2 0.002 to 0.03 forwards, 0.002 to 0.05 backwards
 _ROWS, _COLUMNS = 16, 48  # the sample that is measured
@@ -126,9 +126,10 @@ def _product(
     padded = -(-rows // 32) * 32
     places = outliers.new_full((_OUTLIERS,), -1)
     places[: len(outliers)] = outliers
-    tiles = torch.empty(padded * (-(-depth // 64) * 64), dtype=torch.int8)
-    step_N, beside_NK = torch.empty(padded), x_NI.new_empty(padded, _OUTLIERS)
-    y = x_NI.new_empty(rows, columns)
+    tiles = buffers.empty((padded * (-(-depth // 64) * 64),), torch.int8)
+    step_N = buffers.empty((padded,), torch.float32)
+    beside_NK = buffers.empty((padded, _OUTLIERS), x_NI.dtype)
+    y = buffers.empty((rows, columns), x_NI.dtype)
     space = (tiles, step_N, beside_NK)
     given = (x_NI, weigh_I.float(), places, codes, scale, *space)
     native.run("int8_product", x_NI.dtype, *given, y, rows, depth, columns, int(back))
@@ -154,8 +155,8 @@ def _rounded(x_NI: Tensor, weigh_I: Tensor) -> tuple[Tensor, Tensor]:
         rounded: tuple[Tensor, Tensor] = _pass(quantise_rows, x_NI)(x_NI, weigh_I)
         return rounded
     codes_NI, step_N = (
-        torch.empty_like(x_NI, dtype=torch.int8),
-        x_NI.new_empty(len(x_NI), 1, dtype=torch.float32),
+        buffers.empty_like(x_NI, torch.int8),
+        buffers.empty((len(x_NI), 1), torch.float32),
     )
     native.run("quantise_rows", x_NI.dtype, x_NI, weigh_I.float(), codes_NI, step_N, *x_NI.shape)
     return codes_NI, step_N
@@ -166,7 +167,7 @@ def _rescaled(sums: Tensor, step_N: Tensor, scale_O: Tensor | None, like: Tensor
     if not native.fits(like):
         scaled: Tensor = _pass(rescale, like)(sums, step_N, scale_O, like.dtype)
         return scaled
-    y = torch.empty_like(sums, dtype=like.dtype)
+    y = buffers.empty_like(sums, like.dtype)
     native.run("rescale", like.dtype, sums, step_N, scale_O, y, *sums.shape)
     return y
 

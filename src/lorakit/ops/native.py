@@ -30,11 +30,12 @@ from lorakit.log import logger
 _FOLDER = Path(__file__).parent
 _SOURCES = [
     _FOLDER / "kernels.cpp",
+    _FOLDER / "lora.cpp",
     _FOLDER / "attention.cpp",
     _FOLDER / "integers.cpp",
     _FOLDER / "products.cpp",
 ]
-_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "tiles.h"]
+_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "masks.h", _FOLDER / "tiles.h"]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SECONDS = 120  # of a compilation

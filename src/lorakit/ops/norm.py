@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 
 def rms_norm_reference(x: Tensor, w: Tensor, eps: float, offset: float = 0.0) -> Tensor:
@@ -27,7 +27,7 @@ def rms_norm_reference(x: Tensor, w: Tensor, eps: float, offset: float = 0.0) ->
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, eps: float, offset: float) -> Tensor:
-        y, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+        y, inverse = buffers.empty_like(x), buffers.empty(tuple(x.shape[:-1]), torch.float32)
         native.run("rms_forward", x.dtype, x, w, y, inverse, inverse.numel(), x.shape[-1], eps, offset)
         ctx.save_for_backward(x, w, inverse)
         ctx.offset = offset
@@ -37,7 +37,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, w, inverse = ctx.saved_tensors
-        g, gx = grads[0].contiguous(), torch.empty_like(x)
+        g, gx = grads[0].contiguous(), buffers.empty_like(x)
         native.run("rms_backward", x.dtype, g, x, w, inverse, gx, inverse.numel(), x.shape[-1], ctx.offset)
         return gx, None, None, None
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lorakit.ops import native
+from lorakit.ops import buffers, native
 
 _by_units: ContextVar[bool] = ContextVar("by_units", default=False)
 _STEP = 32  # all sizes but the number of rows are multiples of it
@@ -91,7 +91,7 @@ def back_by_units(*pairs: tuple[Tensor, Tensor | FourBits]) -> Tensor:
 
 def _product(pairs: tuple[tuple[Tensor, Tensor | FourBits], ...], columns: int, *, back: bool) -> Tensor:
     rows = len(pairs[0][0])
-    y = pairs[0][0].new_empty(rows, columns)
+    y = buffers.empty((rows, columns), pairs[0][0].dtype)
     factors = torch.tensor([(x.data_ptr(), *_described(W, x.shape[1])) for x, W in pairs])
     native.run("products", y.dtype, factors, len(pairs), y, rows, columns, int(back))
     return y

@@ -181,7 +181,8 @@ class Loop:
         if not self.strategy.recovers:
             return
         tokens, before = self.plan.pass_tokens, random_state()
-        largest = heaviest_pass(self._lengths, tokens) if tokens else self._order.largest()
+        rows = max(sum(map(len, share)) for share in spread(self._order.update(1), self.strategy.world.size))
+        largest = heaviest_pass(self._lengths, tokens, rows) if tokens else self._order.largest()
         while True:
             batch = self.collate([self.rows[i] for i in divide([largest], self.progress.splits)[0]])
             try:

@@ -1,0 +1,187 @@
+// The products of LoRA that are thin: x [N, I], A [R, I], h [N, R], B' [R, O], with one pass over x, y or their gradients.
+
+#include "masks.h"
+
+namespace {
+
+constexpr int AT_ONCE = 8;  // ranks in registers
+constexpr int PAIR = 2;     // rows that share what is loaded of A and B
+
+inline long whole_blocks(long width) { return (width + 2 * W - 1) / (2 * W) * 2 * W; }
+
+// Dropout's factors of a row, or ones.
+struct Keep {
+    const Mask& mask;
+    long width;
+    std::vector<float> values;
+    Keep(const Mask& m, long w) : mask(m), width(w), values(whole_blocks(w), 1.f) {}
+    inline const float* of(long row) {
+        if (mask.threshold) row_factors(mask, row, width, values.data());
+        return values.data();
+    }
+};
+
+// h = (mask x) A'
+template <class T>
+void lora_down(const T* x, const float* A, float* h, long rows, long width, int rank, Mask mask, int threads) {
+    const long padded = whole_blocks(width);
+    std::vector<float> wide((size_t)rank * padded, 0.f);  // A with rows of whole vectors
+    for (int r = 0; r < rank; r++) std::memcpy(&wide[r * padded], A + r * width, width * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        Keep keep(mask, width);
+        std::vector<float> block(PAIR * padded, 0.f);
+#pragma omp for schedule(static)
+        for (long n = 0; n < rows; n += PAIR) {
+            const int count = (int)std::min<long>(PAIR, rows - n);
+            for (int k = 0; k < count; k++) {
+                const float* m = keep.of(n + k);
+                const T* a = x + (n + k) * width;
+                for (long j = 0; j < width; j += W)
+                    store(&block[k * padded + j], load(a + j, width - j) * load(m + j));
+            }
+            for (int r0 = 0; r0 < rank; r0 += AT_ONCE) {
+                const int ranks = std::min(AT_ONCE, rank - r0);
+                vf sums[PAIR][AT_ONCE] = {};
+                for (long j = 0; j < width; j += W) {
+                    const vf v = load(&block[j]), w = load(&block[padded + j]);
+                    for (int r = 0; r < AT_ONCE; r++) {
+                        const vf a = load(&wide[(r0 + (r < ranks ? r : 0)) * padded + j]);
+                        sums[0][r] += v * a;
+                        sums[1][r] += w * a;
+                    }
+                }
+                for (int k = 0; k < count; k++)
+                    for (int r = 0; r < ranks; r++) h[(n + k) * rank + r0 + r] = total(sums[k][r]);
+            }
+        }
+    }
+}
+
+// y += scale h B'
+template <class T>
+void lora_up(T* y, const float* h, const float* Bt, long rows, long width, int rank, float scale, int threads) {
+    ROWS_IN_PARALLEL
+    for (long n = 0; n < rows; n += PAIR) {
+        const int count = (int)std::min<long>(PAIR, rows - n);
+        const float *a = h + n * rank, *b = a + (count - 1) * rank;
+        T *one = y + n * width, *two = one + (count - 1) * width;
+        for (long j = 0; j < width; j += W) {
+            const long left = width - j;
+            vf first_sum = {}, second_sum = {};
+            for (int r = 0; r < rank; r++) {
+                const vf w = load(Bt + r * width + j, left);
+                first_sum += a[r] * w;
+                second_sum += b[r] * w;
+            }
+            const vf second = load(two + j, left) + scale * second_sum;
+            store(one + j, load(one + j, left) + scale * first_sum, left);
+            if (count == PAIR) store(two + j, second, left);
+        }
+    }
+}
+
+// gh = scale g B, and gB' = scale h' g
+template <class T>
+void lora_up_back(const T* g, const float* h, const float* Bt, float* gh, float* gBt, long rows, long width,
+                  int rank, float scale, int threads) {
+    const long padded = whole_blocks(width);
+    std::vector<float> wide((size_t)rank * padded, 0.f);
+    for (int r = 0; r < rank; r++) std::memcpy(&wide[r * padded], Bt + r * width, width * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sums((size_t)rank * padded, 0.f), none(rank, 0.f);
+#pragma omp for schedule(static)
+        for (long n = 0; n < rows; n += PAIR) {
+            const int count = (int)std::min<long>(PAIR, rows - n);
+            const T *one = g + n * width, *two = one + (count - 1) * width;
+            const float *a = h + n * rank, *b = count == PAIR ? a + rank : none.data();
+            for (int r0 = 0; r0 < rank; r0 += AT_ONCE) {
+                const int ranks = std::min(AT_ONCE, rank - r0);
+                vf along[PAIR][AT_ONCE] = {};
+                auto block = [&](long j, int r, vf v, vf w) {
+                    const size_t at = (size_t)(r0 + r) * padded + j;
+                    const vf f = load(&wide[at]);
+                    along[0][r] += v * f;
+                    along[1][r] += w * f;
+                    store(&sums[at], load(&sums[at]) + a[r0 + r] * v + b[r0 + r] * w);
+                };
+                for (long j = 0; j < width; j += W) {
+                    const vf v = load(one + j, width - j), w = load(two + j, width - j);
+                    if (ranks == AT_ONCE) for (int r = 0; r < AT_ONCE; r++) block(j, r, v, w);
+                    else for (int r = 0; r < ranks; r++) block(j, r, v, w);
+                }
+                for (int k = 0; k < count; k++)
+                    for (int r = 0; r < ranks; r++) gh[(n + k) * rank + r0 + r] = scale * total(along[k][r]);
+            }
+        }
+#pragma omp critical
+        for (int r = 0; r < rank; r++)
+            for (long j = 0; j < width; j++) gBt[r * width + j] += scale * sums[r * padded + j];
+    }
+}
+
+// gA = gh' (mask x), and gx += mask (gh A); x with gA, and gx, may be absent
+template <class T>
+void lora_down_back(T* gx, const T* x, const float* A, const float* gh, float* gA, long rows, long width, int rank,
+                    Mask mask, int threads) {
+    const long padded = whole_blocks(width);
+    std::vector<float> wide((size_t)rank * padded, 0.f);
+    for (int r = 0; r < rank; r++) std::memcpy(&wide[r * padded], A + r * width, width * sizeof(float));
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sums((size_t)rank * padded, 0.f), none(rank, 0.f);
+        Keep first_keep(mask, width), second_keep(mask, width);
+#pragma omp for schedule(static)
+        for (long n = 0; n < rows; n += PAIR) {
+            const int count = (int)std::min<long>(PAIR, rows - n);
+            const long next = n + count - 1;
+            const float *m = first_keep.of(n), *q = second_keep.of(next);
+            const float *a = gh + n * rank, *b = count == PAIR ? a + rank : none.data();
+            for (long j = 0; j < width; j += W) {
+                const long left = width - j;
+                const vf p = load(m + j), s = load(q + j);
+                vf v = {}, w = {}, along = {}, beside = {};
+                if (gA) v = load(x + n * width + j, left) * p, w = load(x + next * width + j, left) * s;
+                for (int r = 0; r < rank; r++) {
+                    const size_t at = (size_t)r * padded + j;
+                    const vf f = load(&wide[at]);
+                    along += a[r] * f;
+                    beside += b[r] * f;
+                    if (gA) store(&sums[at], load(&sums[at]) + a[r] * v + b[r] * w);
+                }
+                if (gx) {
+                    T *one = gx + n * width + j, *two = gx + next * width + j;
+                    store(one, load(one, left) + p * along, left);
+                    if (count == PAIR) store(two, load(two, left) + s * beside, left);
+                }
+            }
+        }
+        if (gA) {
+#pragma omp critical
+            for (int r = 0; r < rank; r++)
+                for (long j = 0; j < width; j++) gA[r * width + j] += sums[r * padded + j];
+        }
+    }
+}
+
+}  // namespace
+
+EXPORT void lorakit_lora_down(int dtype, const void* x, const float* A, float* h, long rows, long width, long rank,
+                         long low, long high, long threshold, float scale, int threads) {
+    FOR_EITHER(dtype, lora_down((const T*)x, A, h, rows, width, (int)rank, mask_of(low, high, threshold, scale), threads))
+}
+EXPORT void lorakit_lora_up(int dtype, void* y, const float* h, const float* Bt, long rows, long width, long rank,
+                       float scale, int threads) {
+    FOR_EITHER(dtype, lora_up((T*)y, h, Bt, rows, width, (int)rank, scale, threads))
+}
+EXPORT void lorakit_lora_up_back(int dtype, const void* g, const float* h, const float* Bt, float* gh, float* gBt, long rows,
+                            long width, long rank, float scale, int threads) {
+    FOR_EITHER(dtype, lora_up_back((const T*)g, h, Bt, gh, gBt, rows, width, (int)rank, scale, threads))
+}
+EXPORT void lorakit_lora_down_back(int dtype, void* gx, const void* x, const float* A, const float* gh, float* gA, long rows,
+                              long width, long rank, long low, long high, long threshold, float scale,
+                              int threads) {
+    FOR_EITHER(dtype, lora_down_back((T*)gx, (const T*)x, A, gh, gA, rows, width, (int)rank,
+                                     mask_of(low, high, threshold, scale), threads))
+}
