@@ -29,7 +29,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -192,6 +191,8 @@ def lorakit_step(
 
 def peft_step(size: int, model: str, form: str, targets: str, dropout: float) -> Step:
     """An update of PEFT's model: micro-batches of ``size`` rows, the Trainer's loss and clipping."""
+    import peft  # here: its memory is not lorakit's
+
     config = peft.LoraConfig(
         r=RANK,
         lora_alpha=2 * RANK,

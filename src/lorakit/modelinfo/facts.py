@@ -108,7 +108,6 @@ class ModelFacts:
         blocks: of a transformer; None for others, and where only the tensors are known.
         vocabulary: tokens that the head tells apart; 0 without.
         context: the longest input in tokens; of a picture model, its number of patches. None if not told.
-        file_bytes: size of the weights on disk, if they are here.
     """
 
     name: str
@@ -119,7 +118,6 @@ class ModelFacts:
     blocks: Blocks | None = None
     vocabulary: int = 0
     context: int | None = None
-    file_bytes: int | None = None
 
     @property
     def parameters(self) -> int:

@@ -10,7 +10,6 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +83,17 @@ def _one_matrix(name: str, out: int, features: int) -> ModelFacts:
 
 def _of_folder(folder: Path, name: str) -> ModelFacts:
     """By the configuration if its architecture is known, else by the headers of the weights."""
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors")) or None
     if (folder / _CONFIG).is_file():
         config = _read(folder / _CONFIG)
         if known(config) or not has_weights(folder):
-            return replace(facts_of(config, name, str(folder / _CONFIG)), file_bytes=size)
+            return facts_of(config, name, str(folder / _CONFIG))
     elif not has_weights(folder):
         raise ModelError(
             "this folder holds no model: there is neither config.json nor safetensors weights",
             place=str(folder),
             remedy="name a folder made by `save_pretrained`, a .gguf file or a hub id",
         )
-    facts = facts_from(folder_shapes(folder), name, f"headers of the weights in {folder}")
-    return replace(facts, file_bytes=size)
+    return facts_from(folder_shapes(folder), name, f"headers of the weights in {folder}")
 
 
 def _read(path: Path) -> Mapping[str, Any]:

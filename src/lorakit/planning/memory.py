@@ -28,7 +28,7 @@ from dataclasses import dataclass, fields
 
 from lorakit.errors import UsageError
 from lorakit.modelinfo.facts import ModelFacts, Module
-from lorakit.planning.activations import activations
+from lorakit.planning.activations import GATED, activations
 from lorakit.planning.adapters import Adapted, adapted, copied, file_bytes, numbers
 from lorakit.planning.setup import Setup
 
@@ -36,13 +36,12 @@ _FLOAT32 = 4
 _BLOCK, _CONSTANTS_BLOCK = 64, 256  # numbers that share a constant, constants that share one
 _EIGHT_BIT_FROM = 4096  # numbers from which bitsandbytes keeps 8-bit moments
 _PIECE = 1 << 20  # numbers of a quantised weight that are dense at once (`lorakit.quant`)
-_SAME_WIDTH = 0.1  # a file differs from the weights in its header, and in a head that is written twice
 _BUCKET = 64 << 20  # of gradients sent at once (`lorakit.parallel.ddp`)
-# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer, in training and before
-# a model is loaded; and the holes in the heap. A CUDA context is as others report it.
+# Measured (benchmarks/calibration.py): Python with torch, transformers and a tokenizer; and the holes in the
+# heap. A CUDA context is as others report it.
 _FRAMEWORK = {"cpu": 560_000_000, "cuda": 500_000_000}
-_LIBRARIES = 530_000_000
-_LOST = 6  # one part in so many of a block's places is not found again
+_LOST = 6  # one part in so many of a block's places is not found again where torch makes the tensors
+_LOST_BY_PASSES = 12  # and where C++ passes make most of them
 _MAPPED = 32 << 20  # bytes from which glibc asks the system for each tensor alone
 
 
@@ -187,15 +186,10 @@ def optimizer_bytes(setup: Setup, shapes: Sequence[tuple[int, ...]], width: int)
 
 
 def loading_bytes(facts: ModelFacts, setup: Setup) -> int:
-    """What this process takes while a dense base is loaded on a CPU; 0 where that is not known or not here.
-
-    Weights of another width than the file's are copies, while the file is still mapped.
-    """
-    if setup.device != "cpu" or setup.bits < 16 or facts.file_bytes is None:
+    """What this process takes while a dense base is loaded on a CPU, tensor by tensor; 0 elsewhere."""
+    if setup.device != "cpu" or setup.bits < 16:
         return 0
-    base = base_bytes(facts, setup).weights
-    mapped = facts.file_bytes if abs(facts.file_bytes - base) > _SAME_WIDTH * base else 0
-    return max(_LIBRARIES + base + mapped, _FRAMEWORK["cpu"] + base)
+    return _FRAMEWORK["cpu"] + base_bytes(facts, setup).weights
 
 
 def adapter_file(facts: ModelFacts, setup: Setup) -> int:
@@ -238,16 +232,18 @@ def _dense(chosen: Sequence[Adapted], setup: Setup, facts: ModelFacts) -> int:
 
 
 def _holes(facts: ModelFacts, setup: Setup, block: int) -> int:
-    """What a CPU's C library holds beyond what is in use: a sixth of what comes and goes with each block.
+    """What a CPU's C library holds beyond what is in use: a part of what comes and goes with each block.
 
     glibc asks for an aligned tensor's bytes and 64 more, so that the place of one that was freed between two
     that stay does not take the next of the same size, and each block leaves places that the others do not
-    find. Tensors above 32 MiB do not lie in the heap.
+    find. Results of C++ passes avoid it (`lorakit.ops.buffers`). Tensors above 32 MiB do not lie in the heap.
     """
     if setup.device != "cpu" or facts.blocks is None:
         return 0
+    by_passes = setup.compiled and setup.bits < 32 and setup.method != "dora" and facts.family in GATED
     narrow = setup.width * setup.tokens * facts.blocks.hidden
-    return facts.blocks.layers * block * min(_MAPPED, narrow) // (_LOST * narrow)
+    lost = _LOST_BY_PASSES if by_passes else _LOST
+    return facts.blocks.layers * block * min(_MAPPED, narrow) // (lost * narrow)
 
 
 def _gathered(facts: ModelFacts, setup: Setup, whole: dict[str, int]) -> int:
