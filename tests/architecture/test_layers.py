@@ -31,7 +31,8 @@ LAYERS = [
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
 TORCH_ONLY = {"standalone", "adapters", "lowrank", "quant", "ops"}
-SMALL = {"regex"}  # a regular expression engine with a deadline, which transformers needs, too
+# A regular expression engine with a deadline, which transformers needs, too; memory that torch does not align.
+SMALL = {"regex", "numpy"}
 DOORS = {"quant/interop.py": {"bitsandbytes"}}  # imported there inside a function, by those who have it
 # hardware asks inside functions
 NO_TORCH = {"config", "modelinfo", "planning", "cli", "errors", "files", "log"}
