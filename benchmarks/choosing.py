@@ -233,7 +233,7 @@ def run(keys: Keys, protocol: Mapping[str, int]) -> dict[str, Any]:
             "perplexity": round(info["forgetting"]["adapter"], 3),
             "forgetting": round(info["forgetting"]["adapter"] / info["forgetting"]["base"] - 1, 5),
         }
-        if keys in CUT.values() and protocol == PROTOCOL:
+        if identity(keys) in map(identity, CUT.values()) and protocol == PROTOCOL:
             row["cut"] = cut(result.folder, held_out)
         return row
 
