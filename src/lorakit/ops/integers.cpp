@@ -133,7 +133,7 @@ void columns_of(const Operands& z, const Rounded& x, bf16* y, long first_column,
         const int8_t *a0 = x.tiles + row / 16 * steps * BYTES, *a1 = a0 + steps * BYTES;
         for (long j = 0; j < panels; j += 2) {
             const int8_t *b0 = packed + j * steps * BYTES, *b1 = b0 + steps * BYTES;
-            _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+            begin_sums(sums, 32, false);
             for (long k = 0; k < steps; k++) {  // loads between products: they then overlap
                 _tile_loadd(4, a0 + k * BYTES, 64);
                 _tile_loadd(6, b0 + k * BYTES, 64);
@@ -144,8 +144,7 @@ void columns_of(const Operands& z, const Rounded& x, bf16* y, long first_column,
                 _tile_dpbssd(2, 5, 6);
                 _tile_dpbssd(3, 5, 7);
             }
-            _tile_stored(0, sums, 128); _tile_stored(1, sums + 16, 128);
-            _tile_stored(2, sums + 512, 128); _tile_stored(3, sums + 528, 128);
+            end_sums(sums, 32);
             block_by_units(x.outliers + row * OUTLIERS, OUTLIERS, {beside + j * TILE, 1, 0}, more, 32, 32, false);
             write_block(z, sums, more, x.step, row, first_column + j * 16, y);
         }

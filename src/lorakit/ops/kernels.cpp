@@ -93,10 +93,9 @@ void gated_backward(int kind, const T* g, const T* gate, const T* up, T* g_gate,
 // --------------------------------------------------------------------------------------------------- dropout
 
 template <class T> void dropout(const T* x, T* y, long rows, long width, Mask mask, int threads) {
-    const long padded = (width + 2 * W - 1) / (2 * W) * 2 * W;
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> keep(padded);
+        std::vector<float> keep(whole_blocks(width));
 #pragma omp for schedule(static)
         for (long n = 0; n < rows; n++) {
             row_factors(mask, n, width, keep.data());

@@ -7,8 +7,6 @@ namespace {
 constexpr int AT_ONCE = 8;  // ranks in registers
 constexpr int PAIR = 2;     // rows that share what is loaded of A and B
 
-inline long whole_blocks(long width) { return (width + 2 * W - 1) / (2 * W) * 2 * W; }
-
 // Dropout's factors of a row, or ones.
 struct Keep {
     const Mask& mask;

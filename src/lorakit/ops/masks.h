@@ -31,9 +31,11 @@ inline Mask mask_of(long low, long high, long threshold, float scale) {
     return {(uint32_t)low, (uint32_t)high, (uint32_t)threshold, scale};
 }
 
+inline long whole_blocks(long width) { return (width + 2 * W - 1) / (2 * W) * 2 * W; }
+
 // The factors of one row: 32 elements a block, the first 16 from the low halves of the hashes.
 inline void row_factors(const Mask& mask, uint64_t row, long width, float* out) {
-    const uint64_t blocks = (width + 2 * W - 1) / (2 * W);
+    const uint64_t blocks = whole_blocks(width) / (2 * W);
     for (uint64_t b = 0; b < blocks; b++) {
         vf low, high;
         mask.factors(row * blocks + b, low, high);

@@ -145,17 +145,10 @@ void multiply_part(const Product& z, const Part& part, bf16* padded, float* kept
         for (long column = part.first; column < part.last; column += 32) {
             float* mine = kept ? kept + row * part.width() + (column - part.first) : here;
             const long stride = kept ? part.width() : 32;
-            float *c1 = mine + 16, *c2 = mine + 16 * stride, *c3 = c2 + 16;
-            if (more) {
-                _tile_loadd(0, mine, 4 * stride); _tile_loadd(1, c1, 4 * stride);
-                _tile_loadd(2, c2, 4 * stride); _tile_loadd(3, c3, 4 * stride);
-            } else {
-                _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-            }
+            begin_sums(mine, stride, more);
             for (long f = 0; f < count; f++)
                 multiply_add(x[f].at, x[f].stride, part.tiles(column, x[f].begin), x[f].steps * 32);
-            _tile_stored(0, mine, 4 * stride); _tile_stored(1, c1, 4 * stride);
-            _tile_stored(2, c2, 4 * stride); _tile_stored(3, c3, 4 * stride);
+            end_sums(mine, stride);
             if (last) write(mine, stride, std::min(32L, z.rows - row), z.y + row * z.columns + column, z.columns);
         }
     }

@@ -162,7 +162,21 @@ struct Units {
 };
 
 #ifdef __AMX_BF16__
-// Four accumulators (tiles 0 to 3, 32 by 32) += A [32, depth] B.
+// Four accumulators (tiles 0 to 3, 32 by 32): from C, or zeros; to C; += A [32, depth] B.
+template <class C> inline void begin_sums(const C* c, long ldc, bool add) {
+    const C *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
+    const long row = 4 * ldc;
+    if (add) {
+        _tile_loadd(0, c, row); _tile_loadd(1, c1, row); _tile_loadd(2, c2, row); _tile_loadd(3, c3, row);
+    } else {
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    }
+}
+template <class C> inline void end_sums(C* c, long ldc) {
+    C *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
+    const long row = 4 * ldc;
+    _tile_stored(0, c, row); _tile_stored(1, c1, row); _tile_stored(2, c2, row); _tile_stored(3, c3, row);
+}
 inline void multiply_add(const bf16* a, long lda, Tiles<bf16> B, long depth) {
     for (long k = 0; k < depth / 32; k++) {  // loads between products: they then overlap
         _tile_loadd(4, a + k * 32, 2 * lda);
@@ -177,15 +191,9 @@ inline void multiply_add(const bf16* a, long lda, Tiles<bf16> B, long depth) {
 }
 
 inline void block_by_units(const bf16* a, long lda, Tiles<bf16> B, float* c, long ldc, long depth, bool add) {
-    float *c1 = c + 16, *c2 = c + 16 * ldc, *c3 = c2 + 16;
-    const long row = 4 * ldc;
-    if (add) {
-        _tile_loadd(0, c, row); _tile_loadd(1, c1, row); _tile_loadd(2, c2, row); _tile_loadd(3, c3, row);
-    } else {
-        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-    }
+    begin_sums(c, ldc, add);
     multiply_add(a, lda, B, depth);
-    _tile_stored(0, c, row); _tile_stored(1, c1, row); _tile_stored(2, c2, row); _tile_stored(3, c3, row);
+    end_sums(c, ldc);
 }
 #endif
 

@@ -180,9 +180,7 @@ class Loop:
         """One pass over the largest micro-batch, before hours are spent on smaller ones; it leaves no trace."""
         if not self.strategy.recovers:
             return
-        tokens, before = self.plan.pass_tokens, random_state()
-        rows = max(sum(map(len, share)) for share in spread(self._order.update(1), self.strategy.world.size))
-        largest = heaviest_pass(self._lengths, tokens, rows) if tokens else self._order.largest()
+        largest, before = self._largest(), random_state()
         while True:
             batch = self.collate([self.rows[i] for i in divide([largest], self.progress.splits)[0]])
             try:
@@ -193,6 +191,14 @@ class Loop:
                 return
             finally:
                 restore_random_state(before)
+
+    def _largest(self) -> Sequence[int]:
+        """The rows of the pass that takes the most memory of all."""
+        tokens = self.plan.pass_tokens
+        if not tokens:
+            return self._order.largest()
+        shares = spread(self._order.update(1), self.strategy.world.size)
+        return heaviest_pass(self._lengths, tokens, max(sum(map(len, share)) for share in shares))
 
     def _halve(self, groups: Sequence[Sequence[int]]) -> None:
         """Divide micro-batches once more: the same rows in the same update, in more passes."""
