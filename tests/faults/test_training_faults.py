@@ -144,7 +144,7 @@ keys = json.loads(sys.argv[1])
 train(keys | {"max_steps": 1, "output_dir": keys["output_dir"] + "-first", "per_device_train_batch_size": 1})
 status = dict(line.split(":", 1) for line in open("/proc/self/status"))
 size = int(status["VmSize"].split()[0]) * 1024
-resource.setrlimit(resource.RLIMIT_AS, (size + 8_000_000, resource.RLIM_INFINITY))
+resource.setrlimit(resource.RLIMIT_AS, (size + 32_000_000, resource.RLIM_INFINITY))
 train(keys)
 """
 
@@ -171,12 +171,12 @@ class TestMemory:
     ) -> None:
         """The system's own limit on the address space, in a process of its own."""
         write_rows(
-            tmp_path / "long.jsonl", [{"instruction": "a dog " * 60, "output": "12 Main St. " * 20}] * 24
+            tmp_path / "long.jsonl", [{"instruction": "a dog " * 60, "output": "12 Main St. " * 20}] * 96
         )
         keys = settings | {
             "dataset": str(tmp_path / "long.jsonl"), "tokenized_path": str(tmp_path / "encoded"),
-            "max_steps": 2, "per_device_train_batch_size": 24, "gradient_accumulation_steps": 1,
-            "max_grad_norm": 1e6,
+            "max_steps": 2, "per_device_train_batch_size": 96, "gradient_accumulation_steps": 1,
+            "max_grad_norm": 1e6, "pass_tokens": 10**6,
         }  # fmt: skip
         command = [sys.executable, "-c", LIMITED, json.dumps(keys)]
         done = subprocess.run(
