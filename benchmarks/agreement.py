@@ -1,6 +1,6 @@
 """Does a run end where PEFT's ends? 200 updates by each, three seeds, the same rows in the same order.
 
-    .venv/bin/python benchmarks/agreement.py --data alpaca.json [--seeds 0 1 2] [--updates 200]
+    .venv/bin/python benchmarks/agreement.py --data alpaca.json [--seeds 0 1 2] [--updates 200] [--longest 128]
 
 SmolLM2-135M in bf16, 8 rows an update, LoRA r=8 on q, k, v and o, dropout 0.1. The seed decides the order of
 rows, the first A and dropout's masks, which differ between the two as they differ between two seeds of one. The
@@ -36,8 +36,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="an alpaca file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--longest", type=int, default=2048, help="tokens of the rows to take")
     options = parser.parse_args()
-    rows = encoded(options.data)
+    rows = [row for row in encoded(options.data) if len(row.ids) <= options.longest]
     runs = []
     for seed in options.seeds:
         for name in NAMES:
@@ -45,7 +46,10 @@ def main() -> None:
             print(json.dumps(runs[-1]), flush=True)
     summary = {figure: compare(runs, figure) for figure in ("training_loss", "held_out_loss")}
     untrained = loss(Setting().base(), rows[-HELD_OUT:])
-    result = {"updates": options.updates, "held_out_loss_before": untrained, "summary": summary, "runs": runs}
+    result = {
+        "updates": options.updates, "longest": options.longest, "held_out_loss_before": untrained,
+        "summary": summary, "runs": runs,
+    }  # fmt: skip
     write_json(Path(__file__).parent / "results" / "agreement.json", result)
     print(json.dumps(summary, indent=2))
 

@@ -1,4 +1,4 @@
-"""Updates by lorakit and by others on the same rows: what `throughput.py`, `agreement.py` and `curves.py` compare.
+"""Updates by lorakit and by others on the same rows, for `throughput.py`, `agreement.py` and `curves.py`.
 
 An update has 8 rows. ``lorakit`` packs them into passes of up to 1,024 tokens, as training does. Others:
 
@@ -77,7 +77,7 @@ class Setting:
         return DTYPES.get(self.form, torch.bfloat16)
 
     def base(self) -> PreTrainedModel:
-        """The frozen model: the demo's, or ``random-1b``, or ``width-N`` (see `shapes`), with random weights."""
+        """The frozen model: the demo's, or one of `shapes` with random weights."""
         precision: hardware.Precision = "fp32" if self.form == "fp32" else "bf16"
         if self.model == DEMO_MODEL:
             made = load_model(locate(DEMO_MODEL), precision=precision)
@@ -90,7 +90,7 @@ class Setting:
 
 
 def shapes(model: str) -> LlamaConfig:
-    """``random-1b``: TinyLlama-1.1B with six of its 22 layers; ``width-N``: two layers of N numbers, heads of 64."""
+    """``random-1b``: six layers of TinyLlama-1.1B; ``width-N``: two layers of N numbers, heads of 64."""
     if model == "random-1b":
         return LlamaConfig(
             hidden_size=2048, intermediate_size=5632, num_hidden_layers=6, num_attention_heads=32,

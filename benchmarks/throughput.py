@@ -10,7 +10,8 @@ shapes: the roofline. Ratios and shares are medians over rounds. Only a quiet ma
 something. TRL takes part where it is installed (``pip install trl``).
 
 ``peak_rss`` is measured in a process of its own for each. ``random-1b`` has the shapes of TinyLlama-1.1B, six
-of its 22 layers, and random weights. The table goes to ``results/throughput.json`` and ``.md``.
+of its 22 layers, and random weights. The table goes to ``results/throughput.json`` and ``.md``,
+case by case: ``--cases 0 5`` measures these anew and keeps the others.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ from lorakit.models.sources import locate
 from lorakit.ops.loss import _PRODUCT
 
 LONGEST = 8 * 2048  # tokens of an update
-CASES = [  # model, format, targets, dropout
+NAMES = ("model", "format", "targets", "dropout")
+CASES = [  # of these
     (DEMO_MODEL, "bf16", "attention", 0.1), (DEMO_MODEL, "bf16", "attention", 0.0),
     (DEMO_MODEL, "bf16", "all", 0.1),
     (DEMO_MODEL, "fp32", "attention", 0.1), (DEMO_MODEL, "nf4", "attention", 0.1),
@@ -55,6 +57,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="an alpaca file; the demo's addresses if left out")
     parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument(
+        "--cases", type=int, nargs="+", default=range(len(CASES)), help="of the table, by number from 0"
+    )
     parser.add_argument("--model", choices=(DEMO_MODEL, "random-1b"))
     parser.add_argument("--format", choices=(*DTYPES, "nf4", "int8"), default="bf16")
     parser.add_argument("--targets", choices=TARGETS, default="attention")
@@ -72,12 +77,16 @@ def main() -> None:
         row = measure(options.data, options.pairs, one, options.against)
         print(json.dumps(row) if options.json else table([row]))
         return
-    rows = [measure(options.data, options.pairs, Setting(*case), options.against) for case in CASES]
-    result = {"rows": rows, "processor": hardware.processor_name(), "threads": torch.get_num_threads()}
     results = Path(__file__).parent / "results"
-    write_json(results / "throughput.json", result)
-    write_text(results / "throughput.md", table(rows))
-    print(table(rows))
+    kept = json.loads((results / "throughput.json").read_text())["rows"]
+    rows = {tuple(row[name] for name in NAMES): row for row in kept}
+    for number in options.cases:
+        rows[CASES[number]] = measure(options.data, options.pairs, Setting(*CASES[number]), options.against)
+        found = [rows[case] for case in CASES if case in rows]
+        result = {"rows": found, "processor": hardware.processor_name(), "threads": torch.get_num_threads()}
+        write_json(results / "throughput.json", result)
+        write_text(results / "throughput.md", table(found))
+    print(table(found))
 
 
 def others(setting: Setting, against: str | None) -> list[str]:
@@ -133,9 +142,7 @@ def products(setting: Setting) -> Callable[[list[Row]], None]:
     with torch.device("meta"):
         sizes = [
             (tuple(layer.weight.shape), name == "lm_head")
-            for name, layer in AutoModelForCausalLM.from_config(
-                config or shapes(setting.model)
-            ).named_modules()
+            for name, layer in AutoModelForCausalLM.from_config(config or shapes(setting.model)).named_modules()
             if isinstance(layer, nn.Linear)
         ]
     weights = {size: torch.randn(size).to(setting.dtype) for size, _ in set(sizes)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,9 @@ from lorakit.ops.gated import Act, gated, gated_reference
 from lorakit.ops.linear import _LoRALinear, _Update
 from lorakit.ops.loss import PLAIN, Softening, cross_entropy_sum_reference, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm, rms_norm_reference
+from lorakit.ops.projections import Projection, projections
+from lorakit.quant.blockwise import FourBit
+from lorakit.quant.modules import QuantLinear
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}  # relative, of the norm of the difference
 DTYPES = list(TOLERANCE)
@@ -38,6 +41,11 @@ def close(
 ) -> None:
     for ours, exact in zip(found, expected, strict=True):
         assert (ours.double() - exact).norm() <= factor * TOLERANCE[dtype] * exact.norm()
+
+
+def total(ys: Sequence[Tensor], gs: Sequence[Tensor]) -> Tensor:
+    """A number whose derivative by each y is its g."""
+    return torch.stack([(y.double() * g.double()).sum() for y, g in zip(ys, gs, strict=True)]).sum()
 
 
 def wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -84,6 +92,49 @@ def test_lora_linear(dtype: torch.dtype, shape: tuple[int, int, int, int], p: fl
     Y = X @ W64.T + 0.5 * ((X * mask.factors(rows, inputs)) @ A64.T) @ B64.T
     expected = torch.autograd.grad(Y, (X, A64, B64), g.double())
     close((y, *torch.autograd.grad(y, (x, A, B), g)), (Y, *expected), dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("four_bits", [False, True])
+@pytest.mark.parametrize("p", [0.0, 0.25])
+@pytest.mark.parametrize("trains", ["all", "x needs no gradient", "only B"])
+def test_projections_of_one_input(dtype: torch.dtype, four_bits: bool, p: float, trains: str) -> None:
+    rows, width, sizes = 71, 96, {64: 8, 160: 0, 32: 5, 224: 12}  # outputs and ranks, 0: without an update
+    x = torch.randn(rows, width, dtype=dtype, requires_grad=trains != "x needs no gradient")
+    layers, dense = [], []
+    for outputs, rank in sizes.items():
+        W: Tensor | QuantLinear = torch.randn(outputs, width, dtype=dtype)
+        if four_bits:
+            quantised = QuantLinear(width, outputs, FourBit("nf4", double=True), compute_dtype=dtype)
+            quantised.write(W.float())
+            W = quantised
+        A = torch.randn(rank, width, requires_grad=trains != "only B") if rank else None
+        B = torch.randn(outputs, rank, requires_grad=True) if rank else None
+        bias = torch.randn(outputs, dtype=dtype) if rank == 5 else None
+        layers.append(Projection(W, bias, A, B, 0.5))
+        dense.append(W.read() if isinstance(W, QuantLinear) else W)
+    torch.manual_seed(0)
+    with products.by_units():
+        ys = projections(x, layers, p)
+        shared = products.fits((x, dense[0]))
+    torch.manual_seed(0)
+    masks = [draw_mask(p) if p and (layer.rank or shared) else NOTHING for layer in layers]
+    gs = [torch.randn_like(y) for y in ys]
+    trained = [
+        t for t in (x, *(t for each in layers for t in (each.A, each.B) if t is not None)) if t.requires_grad
+    ]
+    found = torch.autograd.grad(total(ys, gs), trained)
+    X, *params = wide(x, *(t for each in layers for t in (each.A, each.B) if t is not None))
+    rest, Ys = iter(params), []
+    for layer, W, mask in zip(layers, dense, masks[:1] * len(layers) if shared else masks, strict=True):
+        Y = X @ W.double().T + (0 if layer.bias is None else layer.bias.double())
+        if layer.rank:
+            A64, B64 = next(rest), next(rest)
+            Y = Y + 0.5 * ((X * mask.factors(rows, width)) @ A64.T) @ B64.T
+        Ys.append(Y)
+    wanted = [t for t in (X, *params) if t.requires_grad]
+    expected = torch.autograd.grad(total(Ys, gs), wanted)
+    close((*ys, *found), (*Ys, *expected), dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

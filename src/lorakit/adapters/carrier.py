@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,16 +95,21 @@ class Carrier(nn.Module, abc.ABC):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus what the route's adapters change; the base alone while merged."""
+        route, come_back = self.routed()
+        y = self._along(route, x, *args, **kwargs)
+        if come_back is not None and y.requires_grad:
+            y.register_hook(come_back)
+        return y
+
+    def routed(self) -> tuple[Route, Callable[[Tensor], None] | None]:
+        """The route of this pass, and what the output is to call when a backward pass reaches it."""
         if torch.compiler.is_compiling():
-            return self._along(self.route, x, *args, **kwargs)
+            return self.route, None
         passes = self._passes[self.training]
         if torch._C._current_graph_task_id() != -1:  # in a backward pass: activation checkpointing
-            return self._along(self._recomputed(passes), x, *args, **kwargs)
+            return self._recomputed(passes), None
         passes.note(self.route)
-        y = self._along(self.route, x, *args, **kwargs)
-        if y.requires_grad:
-            y.register_hook(passes.come_back)
-        return y
+        return self.route, passes.come_back
 
     def _along(self, route: Route, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.merged and route.rows is not None:

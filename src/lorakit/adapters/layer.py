@@ -17,7 +17,8 @@ from lorakit.adapters.methods import METHODS, Adapter
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.errors import UsageError
 from lorakit.lowrank.inits import Origin
-from lorakit.ops.linear import dropout_fits, lora_linear
+from lorakit.ops.linear import dropout_fits
+from lorakit.ops.projections import Projection, projections
 from lorakit.quant.modules import keep
 from lorakit.quant.store import DenseStore, Store, refuse_lossy, store_of
 
@@ -61,31 +62,29 @@ class AdapterLayer(Carrier):
         return [p for name in self.adapters for p in self.adapter(name).trainable()]
 
     def run_all(self, names: tuple[str, ...], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Base and update in one `lora_linear` where that is all there is to do."""
+        """Base and update in one product where that is all there is to do."""
+        found = self.projection(names)
+        if found is None or (found[1] and not dropout_fits(x)):
+            return super().run_all(names, x, *args, **kwargs)
+        return projections(x, found[:1], found[1])[0]
+
+    def projection(self, names: tuple[str, ...]) -> tuple[Projection, float] | None:
+        """What base and update compute, and dropout's probability, if it is a linear layer's plain LoRA."""
         only, store = self.adapter(names[0]), self.store
-        p = only.dropout if self.training else 0.0
-        if len(names) == 1 and self._fused(only, store) and (not p or dropout_fits(x)):
-            A, B = only.method.factors(only)
-            W = self.host.matrix(store.read()) if isinstance(store, DenseStore) else store
-            return lora_linear(x, W, self.base.bias, A, B, only.scaling, p)  # type: ignore[arg-type]
-        return super().run_all(names, x, *args, **kwargs)
+        hooks = (*self.base._forward_hooks.values(), *self.base._forward_pre_hooks.values())
+        hooked = any(hook is not keep for hook in hooks)
+        if hooked or len(names) > 1 or not (self.host.linear and store.fusable and only.method.additive):
+            return None
+        A, B = only.method.factors(only)
+        W = self.host.matrix(store.read()) if isinstance(store, DenseStore) else store
+        dropout = only.dropout if self.training else 0.0
+        return Projection(W, self.base.bias, A, B, only.scaling), dropout  # type: ignore[arg-type]
 
     def run(self, names: tuple[str, ...], x: Tensor, y: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Each adapter adds its update."""
-        for name in names:
-            adapter = self.adapter(name)
+        for adapter in map(self.adapter, names):
             y = adapter.method.add(self, adapter, x, y)
         return y
-
-    def _fused(self, adapter: Adapter, store: Store) -> bool:
-        """A plain update on a linear layer, without hooks on the base."""
-        return (
-            self.host.linear
-            and store.fusable
-            and adapter.method.additive
-            and not self.base._forward_hooks
-            and all(hook is keep for hook in self.base._forward_pre_hooks.values())
-        )
 
     def dense_weight(self) -> Tensor:
         """The base's weight as numbers to calculate with: detached, in float32 or better."""
@@ -95,8 +94,7 @@ class AdapterLayer(Carrier):
     def merged_weight(self, names: tuple[str, ...] | None = None) -> Tensor:
         """The dense weight with the updates of ``names`` (the route's if not given), in float32 or better."""
         W = self.dense_weight()
-        for name in self.present(self.route.names) if names is None else names:
-            adapter = self.adapter(name)
+        for adapter in map(self.adapter, self.present(self.route.names) if names is None else names):
             W = adapter.method.merged(self, adapter, W)
         return W
 

@@ -68,8 +68,12 @@ UNBUILT: dict[str, Unbuilt] = {
     "llm_int8_enable_fp32_cpu_offload": Unbuilt(_OFF, "the model sits on one device"),
     "llm_int8_has_fp16_weight": Unbuilt(_OFF, "the base is frozen, one copy of it is enough"),
     # Model
-    "flash_attn": Unbuilt(("auto", "sdpa"), "attention is exact and chosen for the device; remove the key"),
-    "attn_implementation": Unbuilt(("sdpa",), "attention is exact and chosen for the device; remove the key"),
+    "flash_attn": Unbuilt(
+        ("auto", "sdpa", "fa2"), "attention is exact and chosen for the device; remove the key"
+    ),
+    "attn_implementation": Unbuilt(
+        ("sdpa", "flash_attention_2"), "attention is exact and chosen for the device; remove the key"
+    ),
     "rope_scaling": Unbuilt((), _MODEL_EDIT),
     "shift_attn": Unbuilt(_OFF, _MODEL_EDIT),
     "resize_vocab": Unbuilt(_OFF, _MODEL_EDIT),

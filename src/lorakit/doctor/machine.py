@@ -75,6 +75,9 @@ def ops() -> dict[str, dict[str, str]]:
     bitsandbytes = _version("bitsandbytes") != "not installed"
     compiled, units = "C++" if passes else "PyTorch", native.matrix_units()
     fused = passes and native.multiplies(torch.bfloat16)
+    attention = "one C++ pass" if fused else "dense products by length"
+    if hardware.device() != "cpu":
+        attention = "FlashAttention from compute capability 8.0 on, else dense products by length"
     return {
         "linear": {
             "runs": f"one autograd node, {hardware.best_precision()}; frozen products by "
@@ -82,8 +85,7 @@ def ops() -> dict[str, dict[str, str]]:
             "why": "saves x and x Aᵀ alone; the plain formula where autocast or a trained weight asks for it",
         },
         "attention": {
-            "runs": ("packed rows, one C++ pass" if fused else "packed rows, dense products by length")
-            + " (ten families); else torch's SDPA",
+            "runs": f"packed rows, {attention} (ten families); else torch's SDPA",
             "why": "no padding, and on a CPU a faster backward pass than the fused one",
         },
         "norm, gated, rotary": {

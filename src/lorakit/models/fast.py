@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.models.projected import together
 from lorakit.ops import native
 from lorakit.ops.attention import Scores, packed_attention
 from lorakit.ops.gated import Act, gated
-from lorakit.ops.linear import frozen_linears
 from lorakit.ops.loss import Softening, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
 from lorakit.ops.products import by_units
@@ -128,23 +128,8 @@ def _norm(module: Any, offset: float, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp(module: Any, act: Act, x: Tensor) -> Tensor:
-    if _is_plain(module.gate_proj, x) and _is_plain(module.up_proj, x):
-        gate, up = frozen_linears(x, module.gate_proj.weight, module.up_proj.weight)
-    else:
-        gate, up = module.gate_proj(x), module.up_proj(x)
-    inner = gated(gate, up, act)
-    if _is_plain(module.down_proj, inner):
-        return frozen_linears(inner, module.down_proj.weight)[0]
-    down: Tensor = module.down_proj(inner)
-    return down
-
-
-def _is_plain(layer: nn.Module, x: Tensor) -> bool:
-    """Whether a layer is the product with a frozen dense weight and nothing else."""
-    frozen = type(layer) is nn.Linear and layer.bias is None and not layer.weight.requires_grad
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return frozen and not hooked and not autocast and layer.weight.dtype == x.dtype
+    gate, up = together(x, module.gate_proj, module.up_proj)
+    return together(gated(gate, up, act), module.down_proj)[0]
 
 
 def _attention(
@@ -163,17 +148,15 @@ def _attention(
         )
     lengths = given["segment_lengths"].lengths
     total = hidden_states.shape[1]
-    q_THD, k_TGD, v_TGD = (
-        project(hidden_states).view(total, -1, module.head_dim)
-        for project in (module.q_proj, module.k_proj, module.v_proj)
-    )
+    projected = together(hidden_states, module.q_proj, module.k_proj, module.v_proj)
+    q_THD, k_TGD, v_TGD = (y.view(total, -1, module.head_dim) for y in projected)
     if "Qwen3" in type(module).__name__:
         q_THD, k_TGD = module.q_norm(q_THD), module.k_norm(k_TGD)
     angles = (position_embeddings[0][0], position_embeddings[1][0])
     turned = (x.transpose(0, 1) for x in (q_THD, k_TGD, v_TGD))
     window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
     out_HTD = attend(*turned, lengths, Scores(module.scaling, window or 0), angles)
-    return module.o_proj(out_HTD.transpose(0, 1).reshape(1, total, -1)), None
+    return together(out_HTD.transpose(0, 1).reshape(1, total, -1), module.o_proj)[0], None
 
 
 def _loss_or_logits(head: nn.Linear, logits: Callable[[Tensor], Tensor], cap: float, x_BND: Tensor) -> Tensor:

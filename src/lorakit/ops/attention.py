@@ -2,8 +2,9 @@
 
 A flat batch of T tokens holds S segments of lengths L_1 … L_S. `packed_attention_reference` is the
 definition: ordinary causal attention, one segment after the other. On CPUs with AVX-512 `packed_attention` is
-one C++ pass over the flat batch (attention.cpp); its scores never leave the cache. Elsewhere it gathers
-segments of similar length into dense batches and runs a few large matrix products instead of many small ones.
+one C++ pass over the flat batch (attention.cpp); its scores never leave the cache. On GPUs that have it,
+FlashAttention does the same (`lorakit.ops.flash`). Elsewhere it gathers segments of similar length into dense
+batches and runs a few large matrix products instead of many small ones.
 
 A window w lets a query see itself and the w - 1 keys before it; a cap c makes each score c · tanh(score / c)
 (arXiv 2408.00118, §2). 0 is none of either.
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lorakit.ops import buffers, native
+from lorakit.ops import buffers, flash, native
 
 _MAX_PADDING = 1.3  # a bucket's longest segment over its shortest
 _TILE = 256  # query rows of one product
@@ -129,6 +130,11 @@ def packed_attention(
         return out_THD.transpose(0, 1)
     if angles is not None:
         q_HTD, k_GTD = rotate(q_HTD, *angles), rotate(k_GTD, *angles)
+    if flash.fits(operands[0], how.cap):
+        q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
+        starts, longest = _starts(tuple(lengths)), max(lengths)
+        out_THD = flash.attend(q_THD, k_TGD, v_TGD, starts, longest, how.scaling, how.window)
+        return out_THD.transpose(0, 1)
     found, place_T = _layout(tuple(lengths), heads, q_HTD.device)
     parts = [_dense_causal(q_HTD, k_GTD, v_GTD, each.index_SL, how).flatten(1, 2) for each in found]
     return torch.cat(parts, dim=1).index_select(1, place_T)

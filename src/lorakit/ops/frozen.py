@@ -15,6 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lorakit.ops.products import FourBits
+
 
 class Frozen(Protocol):
     """A frozen matrix W [O, I] that knows its products."""
@@ -30,6 +32,10 @@ class Frozen(Protocol):
 
     def back(self, g_NO: Tensor) -> Tensor:
         """g W [N, I] in the dtype of g: what `times` hands back to its input."""
+        ...
+
+    def factor(self) -> FourBits | None:
+        """The weight as products by matrix units take it, if it is kept in four bits."""
         ...
 
 

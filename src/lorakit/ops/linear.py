@@ -26,7 +26,7 @@ from lorakit.ops.dropout import NOTHING, Mask, draw_mask
 from lorakit.ops.frozen import Frozen
 from lorakit.ops.products import back, fits, times
 
-_THIN = 32  # ranks up to which C++ passes beat matrix products
+THIN = 32  # ranks up to which C++ passes beat matrix products
 
 
 def lora_linear_reference(
@@ -93,6 +93,7 @@ class _Passes:
             gBt_RO,
             *g_NO.shape,
             len(Bt_RO),
+            len(Bt_RO),
             float(scaling),
         )
         return gh_NR, gBt_RO.T
@@ -121,7 +122,7 @@ class _Passes:
 
 def _thin(x_NI: Tensor, A: Tensor, B: Tensor, trains: bool) -> type[_Thin] | type[_Passes]:
     """Who computes the thin products of these; answers are rounded as in PEFT, by matrix products."""
-    small = trains and len(A) <= _THIN and A.dtype == B.dtype == torch.float32 and A.is_contiguous()
+    small = trains and len(A) <= THIN and A.dtype == B.dtype == torch.float32 and A.is_contiguous()
     return _Passes if small and native.fits(x_NI) else _Thin
 
 

@@ -79,10 +79,10 @@ void lora_up(T* y, const float* h, const float* Bt, long rows, long width, int r
     }
 }
 
-// gh = scale g B, and gB' = scale h' g
+// gh = scale g B, and gB' = scale h' g; rows of h and gh begin `stride` numbers apart
 template <class T>
 void lora_up_back(const T* g, const float* h, const float* Bt, float* gh, float* gBt, long rows, long width,
-                  int rank, float scale, int threads) {
+                  int rank, long stride, float scale, int threads) {
     const long padded = whole_blocks(width);
     std::vector<float> wide((size_t)rank * padded, 0.f);
     for (int r = 0; r < rank; r++) std::memcpy(&wide[r * padded], Bt + r * width, width * sizeof(float));
@@ -93,7 +93,7 @@ void lora_up_back(const T* g, const float* h, const float* Bt, float* gh, float*
         for (long n = 0; n < rows; n += PAIR) {
             const int count = (int)std::min<long>(PAIR, rows - n);
             const T *one = g + n * width, *two = one + (count - 1) * width;
-            const float *a = h + n * rank, *b = count == PAIR ? a + rank : none.data();
+            const float *a = h + n * stride, *b = count == PAIR ? a + stride : none.data();
             for (int r0 = 0; r0 < rank; r0 += AT_ONCE) {
                 const int ranks = std::min(AT_ONCE, rank - r0);
                 vf along[PAIR][AT_ONCE] = {};
@@ -110,12 +110,75 @@ void lora_up_back(const T* g, const float* h, const float* Bt, float* gh, float*
                     else for (int r = 0; r < ranks; r++) block(j, r, v, w);
                 }
                 for (int k = 0; k < count; k++)
-                    for (int r = 0; r < ranks; r++) gh[(n + k) * rank + r0 + r] = scale * total(along[k][r]);
+                    for (int r = 0; r < ranks; r++) gh[(n + k) * stride + r0 + r] = scale * total(along[k][r]);
             }
         }
 #pragma omp critical
         for (int r = 0; r < rank; r++)
             for (long j = 0; j < width; j++) gBt[r * width + j] += scale * sums[r * padded + j];
+    }
+}
+
+// A chunk of rows and 32 columns of x and its gradient, in the first level of the cache.
+constexpr int CHUNK = 64, FEW = 4;  // rows; ranks whose sums stay in registers
+struct Corner {
+    float x[CHUNK][2 * W], along[CHUNK][2 * W], keep[CHUNK][2 * W];
+};
+
+// along = gh A, and sums = gh' x, for some ranks
+template <int N>
+void add_ranks(Corner& c, int rows, const float* gh, int rank, const float* A, float* sums, long padded) {
+    vf a[N][2], s[N][2];
+    for (int r = 0; r < N; r++)
+        for (int k = 0; k < 2; k++) a[r][k] = load(A + r * padded + k * W), s[r][k] = load(sums + r * padded + k * W);
+    for (int n = 0; n < rows; n++) {
+        vf low = load(c.along[n]), high = load(c.along[n] + W);
+        const vf v = load(c.x[n]), w = load(c.x[n] + W);
+        for (int r = 0; r < N; r++) {
+            const float f = gh[n * rank + r];
+            low += f * a[r][0], high += f * a[r][1];
+            s[r][0] += f * v, s[r][1] += f * w;
+        }
+        store(c.along[n], low), store(c.along[n] + W, high);
+    }
+    for (int r = 0; r < N; r++)
+        for (int k = 0; k < 2; k++) store(sums + r * padded + k * W, s[r][k]);
+}
+
+template <class T> struct Down {
+    T* gx;
+    const T* x;
+    const float *A, *gh;  // A [rank, padded]
+    long rows, width, padded;
+    int rank;
+    Mask mask;
+};
+
+template <class T> void down_back_chunk(const Down<T>& d, long first, float* sums, Corner& c) {
+    const int rows = (int)std::min<long>(CHUNK, d.rows - first);
+    for (long j = 0; j < d.width; j += 2 * W) {
+        const long left = d.width - j;
+        const long more = std::max(0L, left - W);
+        for (int n = 0; n < rows; n++) {
+            vf low = splat(1.f), high = low;
+            if (d.mask.threshold) d.mask.factors((first + n) * (d.padded / (2 * W)) + j / (2 * W), low, high);
+            store(c.keep[n], low), store(c.keep[n] + W, high);
+            store(c.along[n], vf{}), store(c.along[n] + W, vf{});
+            const T* x = d.x + (first + n) * d.width + j;
+            store(c.x[n], d.x ? load(x, left) * low : vf{});
+            store(c.x[n] + W, d.x && more ? load(x + W, more) * high : vf{});
+        }
+        const float* gh = d.gh + first * d.rank;
+        int r = 0;
+        for (; r + FEW <= d.rank; r += FEW)
+            add_ranks<FEW>(c, rows, gh + r, d.rank, d.A + r * d.padded + j, sums + r * d.padded + j, d.padded);
+        for (; r < d.rank; r++)
+            add_ranks<1>(c, rows, gh + r, d.rank, d.A + r * d.padded + j, sums + r * d.padded + j, d.padded);
+        for (int n = 0; d.gx && n < rows; n++) {
+            T* to = d.gx + (first + n) * d.width + j;
+            store(to, load(to, left) + load(c.keep[n]) * load(c.along[n]), left);
+            if (more) store(to + W, load(to + W, more) + load(c.keep[n] + W) * load(c.along[n] + W), more);
+        }
     }
 }
 
@@ -126,35 +189,13 @@ void lora_down_back(T* gx, const T* x, const float* A, const float* gh, float* g
     const long padded = whole_blocks(width);
     std::vector<float> wide((size_t)rank * padded, 0.f);
     for (int r = 0; r < rank; r++) std::memcpy(&wide[r * padded], A + r * width, width * sizeof(float));
+    const Down<T> down{gx, x, wide.data(), gh, rows, width, padded, rank, mask};
 #pragma omp parallel num_threads(threads)
     {
-        std::vector<float> sums((size_t)rank * padded, 0.f), none(rank, 0.f);
-        Keep first_keep(mask, width), second_keep(mask, width);
+        std::vector<float> sums((size_t)rank * padded, 0.f);
+        Corner corner;
 #pragma omp for schedule(static)
-        for (long n = 0; n < rows; n += PAIR) {
-            const int count = (int)std::min<long>(PAIR, rows - n);
-            const long next = n + count - 1;
-            const float *m = first_keep.of(n), *q = second_keep.of(next);
-            const float *a = gh + n * rank, *b = count == PAIR ? a + rank : none.data();
-            for (long j = 0; j < width; j += W) {
-                const long left = width - j;
-                const vf p = load(m + j), s = load(q + j);
-                vf v = {}, w = {}, along = {}, beside = {};
-                if (gA) v = load(x + n * width + j, left) * p, w = load(x + next * width + j, left) * s;
-                for (int r = 0; r < rank; r++) {
-                    const size_t at = (size_t)r * padded + j;
-                    const vf f = load(&wide[at]);
-                    along += a[r] * f;
-                    beside += b[r] * f;
-                    if (gA) store(&sums[at], load(&sums[at]) + a[r] * v + b[r] * w);
-                }
-                if (gx) {
-                    T *one = gx + n * width + j, *two = gx + next * width + j;
-                    store(one, load(one, left) + p * along, left);
-                    if (count == PAIR) store(two, load(two, left) + s * beside, left);
-                }
-            }
-        }
+        for (long n = 0; n < rows; n += CHUNK) down_back_chunk(down, n, sums.data(), corner);
         if (gA) {
 #pragma omp critical
             for (int r = 0; r < rank; r++)
@@ -174,8 +215,8 @@ EXPORT void lorakit_lora_up(int dtype, void* y, const float* h, const float* Bt,
     FOR_EITHER(dtype, lora_up((T*)y, h, Bt, rows, width, (int)rank, scale, threads))
 }
 EXPORT void lorakit_lora_up_back(int dtype, const void* g, const float* h, const float* Bt, float* gh, float* gBt, long rows,
-                            long width, long rank, float scale, int threads) {
-    FOR_EITHER(dtype, lora_up_back((const T*)g, h, Bt, gh, gBt, rows, width, (int)rank, scale, threads))
+                            long width, long rank, long stride, float scale, int threads) {
+    FOR_EITHER(dtype, lora_up_back((const T*)g, h, Bt, gh, gBt, rows, width, (int)rank, stride, scale, threads))
 }
 EXPORT void lorakit_lora_down_back(int dtype, void* gx, const void* x, const float* A, const float* gh, float* gA, long rows,
                               long width, long rank, long low, long high, long threshold, float scale,

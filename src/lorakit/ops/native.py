@@ -14,8 +14,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import struct
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,9 @@ _SOURCES = [
     _FOLDER / "attention.cpp",
     _FOLDER / "integers.cpp",
     _FOLDER / "products.cpp",
+    _FOLDER / "projections.cpp",
 ]
-_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "masks.h", _FOLDER / "tiles.h"]
+_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "masks.h", _FOLDER / "tiles.h", _FOLDER / "products.h"]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SECONDS = 120  # of a compilation
@@ -61,7 +63,7 @@ def matrix_units() -> bool:
     return found is not None and bool(found.lorakit_matrix_units())
 
 
-def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) -> None:
+def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | ctypes.Array[Any] | None) -> None:
     """Call ``lorakit_<name>`` for tensors that `fits`; a float is passed as float, an int as long."""
     found = library()
     assert found is not None
@@ -69,12 +71,21 @@ def run(name: str, dtype: torch.dtype, *arguments: Tensor | float | int | None) 
     pass_(_DTYPES[dtype], *map(_argument, arguments), torch.get_num_threads())
 
 
-def _argument(value: Tensor | float | int | None) -> Any:
+def longs(values: Iterable[int | float]) -> ctypes.Array[Any]:
+    """A C++ struct whose fields take 64 bits each; a float is passed as double."""
+    found = tuple(values)
+    kinds = "".join("d" if isinstance(value, float) else "q" for value in found)
+    return ctypes.create_string_buffer(struct.pack(kinds, *found), 8 * len(found))
+
+
+def _argument(value: Tensor | float | int | ctypes.Array[Any] | None) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, float):
         return ctypes.c_float(value)
-    return ctypes.c_void_p(None) if value is None else ctypes.c_long(value)
+    if isinstance(value, int):
+        return ctypes.c_long(value)
+    return ctypes.c_void_p(None) if value is None else value
 
 
 @functools.cache

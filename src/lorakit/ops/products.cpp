@@ -4,42 +4,15 @@
 // stay in the units until a block of results is written. PyTorch's products are as fast for some shapes and half as fast
 // for others, and need a decoded copy.
 
+#include "products.h"
 #include "tiles.h"
 
 namespace {
 
 constexpr long PANEL = 1 << 20;  // bytes of packed weights at a time: half of a level 2 cache
-constexpr long WIDTH = 256;      // columns of them at least: each more reads the activations once more
-
-// How numbers are kept in four bits: two codes a byte, the first in the high half, blocks of them with one factor each.
-// With `dynamic`, the factors are 8-bit codes of these 256 values, times one of 256 blocks' `nested`, plus `offset`.
-struct FourBits {
-    const float* values;  // of the 16 codes; none: W is bfloat16
-    const void* absmax;
-    long blocksize;
-    const float *dynamic, *nested, *offset;
-};
-
-struct Factor {
-    const bf16* x;  // [rows, depth]
-    const void* W;  // [columns, depth], or [depth, columns] for the way back
-    long depth;
-    FourBits how;
-};
+constexpr long WIDTH = 128;      // columns of them at least: each more reads the activations once more
 
 #ifdef __AMX_BF16__
-struct Product {
-    const Factor* factors;
-    long count, rows, columns;
-    bool back;
-    bf16* y;
-    inline long steps() const {  // of 32 numbers, the depths of all factors one after the other
-        long all = 0;
-        for (long f = 0; f < count; f++) all += factors[f].depth / 32;
-        return all;
-    }
-};
-
 // What a thread does at a time: some columns, some steps; the packed weights of these.
 struct Part {
     long first, last, from, to;
@@ -181,15 +154,18 @@ EXPORT int lorakit_matrix_units() {
 #endif
 }
 
-// Depths and columns are multiples of 32; at most 8 factors.
-EXPORT void lorakit_products(int, const void* factors, long count, void* y, long rows, long columns, long back,
-                             int threads) {
+EXPORT void lorakit_products(int, const void* products, long count, int threads) {
 #ifdef __AMX_BF16__
-    const Product z{(const Factor*)factors, count, rows, columns, back != 0, (bf16*)y};
-    const long all = z.steps(), even = whole((columns + threads - 1) / threads);
-    const long width = std::min(even, std::max(WIDTH, PANEL / (all * 64) / 32 * 32));
-    const long steps = std::min(all, std::max(1L, PANEL / (width * 64))), blocks = (columns + width - 1) / width;
+    struct Task { const Product* z; long first, last, steps; };
+    std::vector<Task> tasks;
+    for (const Product* z = (const Product*)products; count--; z++) {
+        const long all = z->steps(), even = whole((z->columns + 2 * threads - 1) / (2 * threads));
+        const long width = std::min(even, std::max(WIDTH, PANEL / (all * 64) / 32 * 32));
+        const long steps = std::min(all, std::max(1L, PANEL / (width * 64)));
+        for (long first = 0; first < z->columns; first += width)
+            tasks.push_back({z, first, std::min(z->columns, first + width), steps});
+    }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-    for (long b = 0; b < blocks; b++) columns_of(z, b * width, std::min(columns, (b + 1) * width), steps);
+    for (size_t i = 0; i < tasks.size(); i++) columns_of(*tasks[i].z, tasks[i].first, tasks[i].last, tasks[i].steps);
 #endif
 }

@@ -9,6 +9,7 @@ Shapes: x [N, I], W [O, I], g [N, O]; `times` gives x Wᵀ [N, O], `back` g W [N
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -22,7 +23,7 @@ from lorakit.ops import buffers, native
 _by_units: ContextVar[bool] = ContextVar("by_units", default=False)
 _STEP = 32  # all sizes but the number of rows are multiples of it
 _FEWEST = 32  # rows for which packing the weight pays
-_MOST = 8  # pairs
+MOST = 8  # pairs
 
 
 class FourBits(NamedTuple):
@@ -71,7 +72,7 @@ def back(*pairs: tuple[Tensor, Tensor]) -> Tensor:
 
 def fits(*pairs: tuple[Tensor, Tensor | FourBits]) -> bool:
     """Whether matrix units compute the product of these."""
-    if torch.compiler.is_compiling() or not _by_units.get() or len(pairs) > _MOST:
+    if torch.compiler.is_compiling() or not _by_units.get() or len(pairs) > MOST:
         return False
     tensors = [tensor for pair in pairs for tensor in pair if isinstance(tensor, Tensor)]
     whole = not any(size % _STEP for _, W in pairs for size in W.shape)
@@ -92,13 +93,14 @@ def back_by_units(*pairs: tuple[Tensor, Tensor | FourBits]) -> Tensor:
 def _product(pairs: tuple[tuple[Tensor, Tensor | FourBits], ...], columns: int, *, back: bool) -> Tensor:
     rows = len(pairs[0][0])
     y = buffers.empty((rows, columns), pairs[0][0].dtype)
-    factors = torch.tensor([(x.data_ptr(), *_described(W, x.shape[1])) for x, W in pairs])
-    native.run("products", y.dtype, factors, len(pairs), y, rows, columns, int(back))
+    factors = native.longs(n for x, W in pairs for n in (x.data_ptr(), *described(W, x.shape[1])))
+    product = native.longs((ctypes.addressof(factors), len(pairs), rows, columns, back, y.data_ptr()))
+    native.run("products", y.dtype, product, 1)
     return y
 
 
-def _described(W: Tensor | FourBits, depth: int) -> tuple[int, ...]:
-    """The fields of the C++ pass's ``Factor`` that follow x."""
+def described(W: Tensor | FourBits, depth: int) -> tuple[int, ...]:
+    """The fields of the C++ passes' ``Factor`` that follow x."""
     if isinstance(W, Tensor):
         return W.data_ptr(), depth, 0, 0, 0, 0, 0, 0
     constants = (0 if tensor is None else tensor.data_ptr() for tensor in (W.dynamic, W.nested, W.offset))

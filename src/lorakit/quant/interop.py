@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lorakit.errors import ModelError, UsageError
 from lorakit.ops.frozen import back, times
+from lorakit.ops.products import FourBits
 from lorakit.quant.blockwise import CONSTANTS_BLOCK, FourBit, kernel_fits
 from lorakit.quant.codebooks import codebook
 from lorakit.quant.formats import Format
@@ -92,6 +93,11 @@ class BitsandbytesView:
     def back(self, g_NO: Tensor) -> Tensor:
         """g W [N, in]."""
         return back(self._blocks(g_NO.dtype), g_NO)
+
+    def factor(self) -> FourBits | None:
+        """The weight as products by matrix units take it, if it is kept in four bits."""
+        form, tensors = self.parts()
+        return form.factor(tensors, self.shape) if isinstance(form, FourBit) else None
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         form, tensors = self.parts()

@@ -112,7 +112,7 @@ class QuantLinear(nn.Module):
             )
             if y_NO is not None:
                 return y_NO
-        if isinstance(self.form, FourBit) and products.fits(pair := (x_NI, self._factor(self.form))):
+        if (factor := self.factor()) is not None and products.fits(pair := (x_NI, factor)):
             return products.times_by_units(pair)
         return times(self._blocks(x_NI.dtype), x_NI, self.out_features)
 
@@ -122,12 +122,13 @@ class QuantLinear(nn.Module):
             gx_NI = int8.back(g_NO, self.weight, self.get_buffer("SCB") * (1 / 127), self.tally)
             if gx_NI is not None:
                 return gx_NI
-        if isinstance(self.form, FourBit) and products.fits(pair := (g_NO, self._factor(self.form))):
+        if (factor := self.factor()) is not None and products.fits(pair := (g_NO, factor)):
             return products.back_by_units(pair)
         return back(self._blocks(g_NO.dtype), g_NO)
 
-    def _factor(self, form: FourBit) -> products.FourBits:
-        return form.factor(self.tensors(), self.shape)
+    def factor(self) -> products.FourBits | None:
+        """The weight as products by matrix units take it, if it is kept in four bits."""
+        return self.form.factor(self.tensors(), self.shape) if isinstance(self.form, FourBit) else None
 
     def _blocks(self, dtype: torch.dtype) -> Iterator[Tensor]:
         return self.form.blocks(self.tensors(), self.shape, dtype)
