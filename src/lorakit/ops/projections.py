@@ -41,9 +41,10 @@ class Projection(NamedTuple):
     @property
     def thin(self) -> bool:
         """Whether the C++ passes take the update: in float32, of a small rank, nothing else trained."""
-        if self.bias is not None and self.bias.requires_grad:
-            return False
+        frozen = [tensor for tensor in (self.W, self.bias) if isinstance(tensor, Tensor)]
         update = [tensor for tensor in (self.A, self.B) if tensor is not None]
+        if any(tensor.requires_grad for tensor in frozen):
+            return False
         return self.rank <= THIN and all(t.dtype == torch.float32 and t.is_contiguous() for t in update)
 
     def factor(self, dtype: torch.dtype) -> Tensor | FourBits | None:
@@ -121,7 +122,8 @@ def projections(x: Tensor, layers: Sequence[Projection], p: float = 0.0) -> tupl
         return found
     dense = [layer.W for layer in layers if isinstance(layer.W, Tensor) and layer.W.dtype == x.dtype]
     bare = len(dense) == len(layers) and all(layer.A is None and layer.bias is None for layer in layers)
-    if bare and not torch.is_autocast_enabled(x.device.type):
+    trained = any(W.requires_grad for W in dense)
+    if bare and not trained and not torch.is_autocast_enabled(x.device.type):
         return frozen_linears(x, *dense)
     return tuple(_alone(x, layer, p) for layer in layers)
 
