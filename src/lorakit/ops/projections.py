@@ -120,10 +120,10 @@ def projections(x: Tensor, layers: Sequence[Projection], p: float = 0.0) -> tupl
         trained = [tensor for layer in layers for tensor in (layer.A, layer.B)]
         found: tuple[Tensor, ...] = _Projections.apply(x, layers, factors, mask, *trained)
         return found
-    dense = [layer.W for layer in layers if isinstance(layer.W, Tensor) and layer.W.dtype == x.dtype]
+    dense = [layer.W for layer in layers if isinstance(layer.W, Tensor) and layer.thin]
     bare = len(dense) == len(layers) and all(layer.A is None and layer.bias is None for layer in layers)
-    trained = any(W.requires_grad for W in dense)
-    if bare and not trained and not torch.is_autocast_enabled(x.device.type):
+    same = all(W.dtype == x.dtype for W in dense) and not torch.is_autocast_enabled(x.device.type)
+    if bare and same:
         return frozen_linears(x, *dense)
     return tuple(_alone(x, layer, p) for layer in layers)
 
