@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 # Kept apart: transformers imports it at every start where it is installed, which takes seconds. Only the tests
 # of several processes look there.
 DEEPSPEED := deepspeed einops hjson msgpack ninja py-cpuinfo
-BENCHMARKS = $(filter-out benchmarks/kill_matrix.py,$(sort $(wildcard benchmarks/*.py)))
+BENCHMARKS = $(filter-out benchmarks/kill_matrix.py benchmarks/contestants.py,$(sort $(wildcard benchmarks/*.py)))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak lint bench clean

@@ -24,7 +24,8 @@ from contestants import ROWS, Setting, contestant, encoded, labelled, padded
 from torch import nn
 
 from lorakit.data.encode import Row
-from lorakit.files import write_json
+from lorakit.demo.addresses import prepare
+from lorakit.files import cache_folder, write_json
 
 HELD_OUT, LAST = 100, 50
 NAMES = ("lorakit", "peft")
@@ -33,12 +34,13 @@ NAMES = ("lorakit", "peft")
 def main() -> None:
     """Run all, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="an alpaca file")
+    parser.add_argument("--data", type=Path, help="an alpaca file; the demo's addresses if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--longest", type=int, default=2048, help="tokens of the rows to take")
     options = parser.parse_args()
-    rows = [row for row in encoded(options.data) if len(row.ids) <= options.longest]
+    data = options.data or prepare(cache_folder() / "addresses")[0]
+    rows = [row for row in encoded(data) if len(row.ids) <= options.longest]
     runs = []
     for seed in options.seeds:
         for name in NAMES:

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--format", choices=(*DTYPES, "nf4", "int8"), default="bf16")
     parser.add_argument("--targets", choices=TARGETS, default="attention")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--against", choices=("peft", "all"), help="the default: all")
+    parser.add_argument("--against", choices=("peft", "all", "nobody"), default="all")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peak", choices=("lorakit", *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -89,17 +89,19 @@ def main() -> None:
     print(table(found))
 
 
-def others(setting: Setting, against: str | None) -> list[str]:
+def others(setting: Setting, against: str) -> list[str]:
     """Who else takes part: nobody but lorakit trains on its quantised layers."""
-    if setting.form not in DTYPES:
+    if setting.form not in DTYPES or against == "nobody":
         return []
     installed = against != "peft" and importlib.util.find_spec("trl")
     return [name for name in PEERS if installed or not name.startswith("trl")]
 
 
-def measure(data: Path, pairs: int, setting: Setting, against: str | None) -> dict[str, Any]:
+def measure(data: Path, pairs: int, setting: Setting, against: str) -> dict[str, Any]:
     """All contestants in turns on the same rows."""
     rows, peers = encoded(data), others(setting, against)
+    # First: what padded batches leave behind here would be missing there.
+    peaks = {f"{name}_peak_gb": resident(name, data, setting) for name in ("lorakit", *peers)}
     with contextlib.ExitStack() as stack:
         steps: dict[str, Callable[[list[Row]], object]] = {
             name: contestant(stack, name, setting, rows).step for name in ("lorakit", *peers)
@@ -126,7 +128,7 @@ def measure(data: Path, pairs: int, setting: Setting, against: str | None) -> di
         "ratio_median": ratio(rates, best) if best else None,
         "roofline_tokens_per_second": middle["roofline"],
         "roofline_share": ratio(rates, "roofline"),
-        **{f"{name}_peak_gb": resident(name, data, setting) for name in ("lorakit", *peers)},
+        **peaks,
     }  # fmt: skip
 
 

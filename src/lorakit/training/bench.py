@@ -36,7 +36,14 @@ from lorakit.training.signals import Stopped, StopRequest
 _ALONE = World()
 _PROFILED = 2  # updates
 _PARTS = {  # of an update, by what the names of its operations begin with
-    "frozen layers and adapters": ("aten::mm", "aten::addmm", "aten::_int_mm", "_FrozenLinear", "_LoRALinear"),
+    "frozen layers and adapters": (
+        "aten::mm",
+        "aten::addmm",
+        "aten::_int_mm",
+        "_Projections",
+        "_FrozenLinear",
+        "_LoRALinear",
+    ),
     "attention": ("_PackedAttention", "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_scaled_dot"),
     "norms and gates": ("_RMSNorm", "_Gated", "aten::silu", "aten::gelu", "aten::rsqrt", "aten::native_layer"),
     "loss": ("_LinearCrossEntropy", "_CrossEntropy", "aten::_log_softmax", "aten::logsumexp"),
