@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import random
 import statistics
 import subprocess
@@ -43,13 +44,17 @@ def main() -> None:
     """All curves."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--curves", choices=CURVES, nargs="+", default=list(CURVES))
     parser.add_argument("--peak", nargs=2, metavar=("CURVE", "POINT"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peak:
         print(peak(*CURVES[options.peak[0]][int(options.peak[1])]))
         return
-    result = {name: curve(name, points, options.rounds) for name, points in CURVES.items()}
-    write_json(Path(__file__).parent / "results" / "curves.json", {"rounds": options.rounds, **result})
+    path = Path(__file__).parent / "results" / "curves.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    for name in options.curves:
+        found[name] = curve(name, CURVES[name], options.rounds)
+        write_json(path, found)
 
 
 def curve(name: str, points: dict[int, Point], rounds: int) -> list[dict[str, float]]:
