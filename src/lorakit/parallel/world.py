@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from lorakit import hardware
-from lorakit.errors import UsageError
+from lorakit.errors import Interrupted, UsageError
 from lorakit.log import logger
 from lorakit.parallel.place import Place, find_place
 from lorakit.parallel.watch import Watch
@@ -109,7 +109,12 @@ def join(timeout: float = 1800.0) -> Iterator[World]:
     store = _meet(place)
     with Watch(store, place):
         _begin_group(place, store, timeout)
-        yield World(place.rank, place.size, place.local_rank)
+        try:
+            yield World(place.rank, place.size, place.local_rank)
+        except (SystemExit, Interrupted):
+            # All leave. Threads of the group that met the end of the interpreter would abort the process.
+            dist.destroy_process_group()
+            raise
         dist.destroy_process_group()
 
 
