@@ -61,15 +61,16 @@ class Contestant:
     step: Step
 
 
+@dataclass(frozen=True)
 class Setting:
     """What everyone trains: the base, its number format, and the adapter."""
 
-    def __init__(
-        self, model: str = DEMO_MODEL, form: str = "bf16", targets: str = "attention", dropout: float = 0.1,
-        rank: int = 8, seed: int = 0,
-    ) -> None:  # fmt: skip
-        self.model, self.form, self.targets, self.dropout = model, form, targets, dropout
-        self.rank, self.seed = rank, seed
+    model: str = DEMO_MODEL
+    form: str = "bf16"
+    targets: str = "attention"
+    dropout: float = 0.1
+    rank: int = 8
+    seed: int = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,7 +213,7 @@ def trl_step(stack: contextlib.ExitStack, setting: Setting, name: str) -> Contes
 
 def labelled(rows: list[Row]) -> int:
     """Tokens that carry loss."""
-    return sum(label != -100 for row in rows for label in row.labels[1:])
+    return sum(row.supervised for row in rows)
 
 
 def padded(rows: list[Row]) -> dict[str, torch.Tensor]:

@@ -30,6 +30,7 @@ _MODEL_EDIT = "the model is used as its own configuration describes it"
 _FREEZE = "only adapters are trained"
 _FULL_PRECISION = "bf16, fp16 or neither chooses the precision"
 _HUB = "results stay in output_dir"
+_ATTENTION = "attention is exact and chosen for the device; remove the key"
 _KERNEL = "the built-in operations are always used"
 
 UNBUILT: dict[str, Unbuilt] = {
@@ -68,12 +69,8 @@ UNBUILT: dict[str, Unbuilt] = {
     "llm_int8_enable_fp32_cpu_offload": Unbuilt(_OFF, "the model sits on one device"),
     "llm_int8_has_fp16_weight": Unbuilt(_OFF, "the base is frozen, one copy of it is enough"),
     # Model
-    "flash_attn": Unbuilt(
-        ("auto", "sdpa", "fa2"), "attention is exact and chosen for the device; remove the key"
-    ),
-    "attn_implementation": Unbuilt(
-        ("sdpa", "flash_attention_2"), "attention is exact and chosen for the device; remove the key"
-    ),
+    "flash_attn": Unbuilt(("auto", "sdpa", "fa2"), _ATTENTION),
+    "attn_implementation": Unbuilt(("sdpa", "flash_attention_2"), _ATTENTION),
     "rope_scaling": Unbuilt((), _MODEL_EDIT),
     "shift_attn": Unbuilt(_OFF, _MODEL_EDIT),
     "resize_vocab": Unbuilt(_OFF, _MODEL_EDIT),
