@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lorakit.models.decoder import decoder_layer, parts, scores
 from lorakit.models.projected import together
 from lorakit.ops import native
-from lorakit.ops.attention import Scores, packed_attention
+from lorakit.ops.attention import packed_attention
 from lorakit.ops.gated import Act, gated
 from lorakit.ops.loss import Softening, linear_cross_entropy_sum
 from lorakit.ops.norm import rms_norm
@@ -34,6 +35,7 @@ NORMS = {  # and the offset of the weight
     **dict.fromkeys(("Gemma2RMSNorm", "Gemma3RMSNorm"), 1.0),
 }
 MLPS = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "SmolLM3MLP", "Gemma2MLP", "Gemma3MLP"}
+LAYERS = frozenset({"LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer"})
 ATTENTIONS = {"LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention"}
 _ACTS: dict[str, Act] = {"SiLU": "silu", "SiLUActivation": "silu", "GELUTanh": "gelu_tanh"}
 
@@ -112,11 +114,17 @@ def _forward(module: nn.Module, attend: Callable[..., Tensor] | None) -> Callabl
         return None
     if kind in NORMS:
         return functools.partial(_norm, module, NORMS[kind])
-    if kind in MLPS and (act := _ACTS.get(type(module.act_fn).__name__)):
+    if kind in MLPS and (act := _act(module)):
         return functools.partial(_mlp, module, act)
     if kind in ATTENTIONS and attend and native.library() is not None:
         return functools.partial(_attention, module, attend)
+    if kind in LAYERS and (act := _act(module.mlp)) and all(_forward(part, attend) for part in parts(module)):
+        return functools.partial(decoder_layer, module, act)
     return None
+
+
+def _act(mlp: Any) -> Act | None:
+    return _ACTS.get(type(mlp.act_fn).__name__)
 
 
 def _norm(module: Any, offset: float, hidden_states: Tensor) -> Tensor:
@@ -154,8 +162,7 @@ def _attention(
         q_THD, k_TGD = module.q_norm(q_THD), module.k_norm(k_TGD)
     angles = (position_embeddings[0][0], position_embeddings[1][0])
     turned = (x.transpose(0, 1) for x in (q_THD, k_TGD, v_TGD))
-    window = getattr(module, "sliding_window", getattr(module.config, "sliding_window", None))
-    out_HTD = attend(*turned, lengths, Scores(module.scaling, window or 0), angles)
+    out_HTD = attend(*turned, lengths, scores(module), angles)
     return together(out_HTD.transpose(0, 1).reshape(1, total, -1), module.o_proj)[0], None
 
 

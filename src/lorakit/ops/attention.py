@@ -132,8 +132,8 @@ def packed_attention(
         q_HTD, k_GTD = rotate(q_HTD, *angles), rotate(k_GTD, *angles)
     if flash.fits(operands[0], how.cap):
         q_THD, k_TGD, v_TGD = (x.transpose(0, 1) for x in (q_HTD, k_GTD, v_GTD))
-        starts, longest = _starts(tuple(lengths)), max(lengths)
-        out_THD = flash.attend(q_THD, k_TGD, v_TGD, starts, longest, how.scaling, how.window)
+        begin, longest = starts(tuple(lengths)), max(lengths)
+        out_THD = flash.attend(q_THD, k_TGD, v_TGD, begin, longest, how.scaling, how.window)
         return out_THD.transpose(0, 1)
     found, place_T = _layout(tuple(lengths), heads, q_HTD.device)
     parts = [_dense_causal(q_HTD, k_GTD, v_GTD, each.index_SL, how).flatten(1, 2) for each in found]
@@ -188,11 +188,11 @@ def _described(q_THD: Tensor, k_TGD: Tensor, lengths: tuple[int, ...], how: Scor
     _, heads, size = q_THD.shape
     causal = 1
     sizes = (len(lengths), heads, k_TGD.shape[1], size, causal, how.window)
-    return _starts(lengths), *sizes, float(how.scaling), float(how.cap)
+    return starts(lengths), *sizes, float(how.scaling), float(how.cap)
 
 
 @functools.lru_cache(maxsize=16)
-def _starts(lengths: tuple[int, ...]) -> Tensor:
+def starts(lengths: tuple[int, ...]) -> Tensor:
     """Where the segments start, and the end of the last."""
     return torch.tensor([0, *itertools.accumulate(lengths)])
 

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from lorakit.ops import buffers, native
 
 Act = Literal["silu", "gelu_tanh"]
-_KINDS: dict[Act, int] = {"silu": 0, "gelu_tanh": 1}
+KINDS: dict[Act, int] = {"silu": 0, "gelu_tanh": 1}
 _PLAIN: dict[Act, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -52,5 +52,5 @@ def gated(gate: Tensor, up: Tensor, act: Act) -> Tensor:
     """`gated_reference`, in one pass each way on a CPU; nothing but gate and up is kept."""
     if gate.shape != up.shape or not native.fits(gate, up):
         return gated_reference(gate, up, act)
-    out: Tensor = _Gated.apply(gate, up, _KINDS[act])
+    out: Tensor = _Gated.apply(gate, up, KINDS[act])
     return out

@@ -135,14 +135,14 @@ void columns_of(const Operands& z, const Rounded& x, bf16* y, long first_column,
             const int8_t *b0 = packed + j * steps * BYTES, *b1 = b0 + steps * BYTES;
             begin_sums(sums, 32, false);
             for (long k = 0; k < steps; k++) {  // loads between products: they then overlap
-                _tile_loadd(4, a0 + k * BYTES, 64);
-                _tile_loadd(6, b0 + k * BYTES, 64);
-                _tile_dpbssd(0, 4, 6);
-                _tile_loadd(7, b1 + k * BYTES, 64);
-                _tile_dpbssd(1, 4, 7);
-                _tile_loadd(5, a1 + k * BYTES, 64);
-                _tile_dpbssd(2, 5, 6);
-                _tile_dpbssd(3, 5, 7);
+                _tile_loadd(4, a0 + k * BYTES, 64); gap();
+                _tile_loadd(6, b0 + k * BYTES, 64); gap();
+                _tile_dpbssd(0, 4, 6); gap();
+                _tile_loadd(7, b1 + k * BYTES, 64); gap();
+                _tile_dpbssd(1, 4, 7); gap();
+                _tile_loadd(5, a1 + k * BYTES, 64); gap();
+                _tile_dpbssd(2, 5, 6); gap();
+                _tile_dpbssd(3, 5, 7); gap();
             }
             end_sums(sums, 32);
             block_by_units(x.outliers + row * OUTLIERS, OUTLIERS, {beside + j * TILE, 1, 0}, more, 32, 32, false);

@@ -28,7 +28,7 @@ void rms_forward(const T* x, const T* w, T* y, float* inverse, long rows, long w
 }
 
 template <class T>
-void rms_backward(const T* g, const T* x, const T* w, const float* inverse, T* gx, long rows, long width,
+void rms_backward(const T* g, const T* x, const T* w, const float* inverse, T* gx, const T* plus, long rows, long width,
                   float offset, int threads) {
     ROWS_IN_PARALLEL
     for (long n = 0; n < rows; n++) {
@@ -42,6 +42,7 @@ void rms_backward(const T* g, const T* x, const T* w, const float* inverse, T* g
         for (long j = 0; j < width; j += W) {
             const long left = width - j;
             vf v = load(b + j, left) * (load(w + j, left) + offset) * r - load(a + j, left) * back;
+            if (plus) v += load(plus + n * width + j, left);
             store(gx + n * width + j, v, left);
         }
     }
@@ -186,8 +187,9 @@ EXPORT void lorakit_rms_forward(int dtype, const void* x, const void* w, void* y
     FOR_EITHER(dtype, rms_forward((const T*)x, (const T*)w, (T*)y, inverse, rows, width, eps, offset, threads))
 }
 EXPORT void lorakit_rms_backward(int dtype, const void* g, const void* x, const void* w, const float* inverse, void* gx,
-                            long rows, long width, float offset, int threads) {
-    FOR_EITHER(dtype, rms_backward((const T*)g, (const T*)x, (const T*)w, inverse, (T*)gx, rows, width, offset, threads))
+                            const void* plus, long rows, long width, float offset, int threads) {
+    FOR_EITHER(dtype, rms_backward((const T*)g, (const T*)x, (const T*)w, inverse, (T*)gx, (const T*)plus, rows, width,
+                                   offset, threads))
 }
 EXPORT void lorakit_gated_forward(int dtype, long kind, const void* gate, const void* up, void* out, long rows, long width,
                              long stride, int threads) {

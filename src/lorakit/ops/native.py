@@ -36,8 +36,9 @@ _SOURCES = [
     _FOLDER / "integers.cpp",
     _FOLDER / "products.cpp",
     _FOLDER / "projections.cpp",
+    _FOLDER / "block.cpp",
 ]
-_HEADERS = [_FOLDER / "vectors.h", _FOLDER / "masks.h", _FOLDER / "tiles.h", _FOLDER / "products.h"]
+_HEADERS = [_FOLDER / f"{name}.h" for name in ("vectors", "masks", "tiles", "products", "projections")]
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden")
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 _SECONDS = 120  # of a compilation

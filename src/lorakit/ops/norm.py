@@ -38,7 +38,8 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         x, w, inverse = ctx.saved_tensors
         g, gx = grads[0].contiguous(), buffers.empty_like(x)
-        native.run("rms_backward", x.dtype, g, x, w, inverse, gx, inverse.numel(), x.shape[-1], ctx.offset)
+        sizes = inverse.numel(), x.shape[-1]
+        native.run("rms_backward", x.dtype, g, x, w, inverse, gx, None, *sizes, ctx.offset)
         return gx, None, None, None
 
 

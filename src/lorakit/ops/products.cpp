@@ -91,11 +91,16 @@ struct Rows {  // 32 of a factor's x, from the first of the part's steps on
     long stride, steps, begin;
 };
 
-void write(const float* sums, long stride, long rows, bf16* y, long columns) {
-    for (long i = 0; i < rows; i++) {
-        store(y + i * columns, load(sums + i * stride));
-        store(y + i * columns + 16, load(sums + i * stride + 16));
-    }
+// The sums of 32 columns, from (row, column) on.
+void write(const float* sums, long stride, const Product& z, long row, long column) {
+    const long rows = std::min(32L, z.rows - row);
+    bf16* y = z.y + row * z.columns + column;
+    const bf16* plus = z.plus ? z.plus + row * z.plus_stride + column : nullptr;
+    for (long i = 0; i < rows; i++)
+        for (long half = 0; half < 32; half += 16) {
+            const vf sum = load(sums + i * stride + half);
+            store(y + i * z.columns + half, plus ? sum + load(plus + i * z.plus_stride + half) : sum);
+        }
 }
 
 // Adds a part to the sums of its columns, or writes them if it is the last.
@@ -122,7 +127,7 @@ void multiply_part(const Product& z, const Part& part, bf16* padded, float* kept
             for (long f = 0; f < count; f++)
                 multiply_add(x[f].at, x[f].stride, part.tiles(column, x[f].begin), x[f].steps * 32);
             end_sums(mine, stride);
-            if (last) write(mine, stride, std::min(32L, z.rows - row), z.y + row * z.columns + column, z.columns);
+            if (last) write(mine, stride, z, row, column);
         }
     }
 }
@@ -159,11 +164,13 @@ EXPORT void lorakit_products(int, const void* products, long count, int threads)
     struct Task { const Product* z; long first, last, steps; };
     std::vector<Task> tasks;
     for (const Product* z = (const Product*)products; count--; z++) {
-        const long all = z->steps(), even = whole((z->columns + 2 * threads - 1) / (2 * threads));
-        const long width = std::min(even, std::max(WIDTH, PANEL / (all * 64) / 32 * 32));
-        const long steps = std::min(all, std::max(1L, PANEL / (width * 64)));
-        for (long first = 0; first < z->columns; first += width)
-            tasks.push_back({z, first, std::min(z->columns, first + width), steps});
+        const long all = z->steps(), most = std::max(WIDTH, PANEL / (all * 64) / 32 * 32), blocks = z->columns / 32;
+        const long parts = whole((z->columns + most - 1) / most, 2 * threads);  // as many for each thread
+        for (long part = 0, first = 0; part < std::min(parts, blocks); part++) {
+            const long last = blocks * (part + 1) / std::min(parts, blocks) * 32;
+            tasks.push_back({z, first, last, std::min(all, std::max(1L, PANEL / ((last - first) * 64)))});
+            first = last;
+        }
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
     for (size_t i = 0; i < tasks.size(); i++) columns_of(*tasks[i].z, tasks[i].first, tasks[i].last, tasks[i].steps);

@@ -26,6 +26,8 @@ struct Product {
     const Factor* factors;
     long count, rows, columns, back;  // back: of W as it lies, [depth, columns]
     bf16* y;
+    const bf16* plus;  // is added to the sum before it is rounded: rows `plus_stride` apart (0: one for all), or none
+    long plus_stride;
     inline long steps() const {  // of 32 numbers, the depths of all factors one after the other
         long all = 0;
         for (long f = 0; f < count; f++) all += factors[f].depth / 32;

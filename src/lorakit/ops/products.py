@@ -94,7 +94,7 @@ def _product(pairs: tuple[tuple[Tensor, Tensor | FourBits], ...], columns: int, 
     rows = len(pairs[0][0])
     y = buffers.empty((rows, columns), pairs[0][0].dtype)
     factors = native.longs(n for x, W in pairs for n in (x.data_ptr(), *described(W, x.shape[1])))
-    product = native.longs((ctypes.addressof(factors), len(pairs), rows, columns, back, y.data_ptr()))
+    product = native.longs((ctypes.addressof(factors), len(pairs), rows, columns, back, y.data_ptr(), 0, 0))
     native.run("products", y.dtype, product, 1)
     return y
 

@@ -4,7 +4,7 @@
 // two of bfloat16, [high, low, high] times [high, high, low] (relative error 2^-16). The gradient of x is one sum.
 
 #include "masks.h"
-#include "products.h"
+#include "projections.h"
 
 EXPORT void lorakit_lora_down(int dtype, const void* x, const float* A, float* h, long rows, long width, long rank,
                               long low, long high, long threshold, float scale, int threads);
@@ -14,18 +14,6 @@ EXPORT void lorakit_lora_down_back(int dtype, void* gx, const void* x, const flo
                                    long width, long rank, long low, long high, long threshold, float scale, int threads);
 
 namespace {
-
-// A layer; the addresses of y are those of its gradient on the way back.
-struct Projection {
-    bf16* y;  // [rows, columns]
-    const void* W;
-    long depth;
-    FourBits how;
-    long columns, rank;     // 0: no update
-    const float *A, *B;     // [rank, depth], [columns, rank]
-    float* gB;              // [columns, rank], or none
-    double scaling;
-};
 
 struct Layers {
     const Projection* parts;
@@ -72,7 +60,6 @@ std::vector<bf16> halves(const float* from, long rows, long rank, long stride, f
 
 }  // namespace
 
-// h [rows, all ranks] is kept for the way back.
 EXPORT void lorakit_projections(int dtype, const void* projections, long count, const void* x, float* h, long rows, long width,
                                 long low, long high, long threshold, float scale, int threads) {
     const Layers layers{(const Projection*)projections, count, rows, width};
@@ -91,12 +78,11 @@ EXPORT void lorakit_projections(int dtype, const void* projections, long count, 
             const long depth = (long)(kept.back().size() / each.columns);
             factors[2 * p + 1] = {kept[kept.size() - 2].data(), kept.back().data(), depth, {}};
         }
-        products.push_back({&factors[2 * p], each.rank ? 2 : 1, rows, each.columns, 0, each.y});
+        products.push_back({&factors[2 * p], each.rank ? 2 : 1, rows, each.columns, 0, each.y, each.plus, each.plus_stride});
     }
     lorakit_products(dtype, products.data(), count, threads);
 }
 
-// gB of each layer, gA [all ranks, width] from x, and gx; gA with x, and gx, may be absent.
 EXPORT void lorakit_projections_back(int dtype, const void* projections, long count, const void* x, const float* h, float* gA,
                                      void* gx, long rows, long width, long low, long high, long threshold, float scale,
                                      int threads) {
@@ -116,7 +102,7 @@ EXPORT void lorakit_projections_back(int dtype, const void* projections, long co
         for (long o = 0; each.gB && o < each.columns; o++)
             for (long r = 0; r < each.rank; r++) each.gB[o * each.rank + r] = gBt[r * each.columns + o];
     }
-    const Product product{factors.data(), count, rows, width, 1, (bf16*)gx};
+    const Product product{factors.data(), count, rows, width, 1, (bf16*)gx, nullptr, 0};
     if (gx) lorakit_products(dtype, &product, 1, threads);
     if (ranks && (gx || gA))
         lorakit_lora_down_back(dtype, gx, x, layers.all_A().data(), gh.data(), gA, rows, width, ranks, low, high, threshold,

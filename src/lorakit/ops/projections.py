@@ -64,11 +64,8 @@ class _Projections(torch.autograd.Function):
         rows, width = x_NI.shape
         h_NR = buffers.empty((rows, sum(layer.rank for layer in layers)), torch.float32)
         ys = tuple(buffers.empty((rows, factor.shape[0]), x.dtype) for factor in factors)
-        fields = _fields(layers, factors, ys, width)
-        native.run("projections", x.dtype, fields, len(layers), x_NI, h_NR, rows, width, *mask.arguments())
-        for layer, y_NO in zip(layers, ys, strict=True):
-            if layer.bias is not None:
-                y_NO.add_(layer.bias)
+        described = fields(layers, factors, ys, width)
+        native.run("projections", x.dtype, described, len(layers), x_NI, h_NR, rows, width, *mask.arguments())
         # A frozen A (LoRA-FA) needs no x in the backward pass: its activation memory is saved.
         needs_x = any(ctx.needs_input_grad[4::2])
         dense = [factor if isinstance(factor, Tensor) else None for factor in factors]
@@ -86,7 +83,7 @@ class _Projections(torch.autograd.Function):
         gx_NI = buffers.empty((rows, width), gs[0].dtype) if ctx.needs_input_grad[0] else None
         gA_RI = None if x_NI is None else h_NR.new_zeros(h_NR.shape[1], width)
         gBs = [None if layer.B is None else torch.empty_like(layer.B) for layer in layers]
-        given = _fields(layers, ctx.factors, gs, width, gBs), len(layers), x_NI, h_NR, gA_RI, gx_NI, rows, width
+        given = fields(layers, ctx.factors, gs, width, gBs), len(layers), x_NI, h_NR, gA_RI, gx_NI, rows, width
         native.run("projections_back", gs[0].dtype, *given, *ctx.mask.arguments())
         gAs = (None,) * len(layers) if gA_RI is None else gA_RI.split([layer.rank for layer in layers])
         pairs = [grad for pair in zip(gAs, gBs, strict=True) for grad in pair]
@@ -96,17 +93,19 @@ class _Projections(torch.autograd.Function):
         return None if gx_NI is None else gx_NI.view(ctx.shape), None, None, None, *wanted
 
 
-def _fields(
+def fields(
     layers: Sequence[Projection], factors: Sequence[Tensor | FourBits], ys: Sequence[Tensor], width: int,
-    gBs: Sequence[Tensor | None] = (),
+    gBs: Sequence[Tensor | None] = (), plus: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """C++'s ``Projection`` of each layer; y and gB are those of a pass."""
-    fields: list[int | float] = []
+    """C++'s ``Projection`` of each layer; y, gB and ``plus`` [N, O], which is added to y, are of a pass."""
+    found: list[int | float] = []
     for layer, factor, y, gB in zip(layers, factors, ys, gBs or [None] * len(layers), strict=True):
-        A, B, to = (0 if tensor is None else tensor.data_ptr() for tensor in (layer.A, layer.B, gB))
-        fields += (y.data_ptr(), *products.described(factor, width))
-        fields += (factor.shape[0], layer.rank, A, B, to, float(layer.scaling))
-    return native.longs(fields)
+        added, stride = (layer.bias, 0) if plus is None else (plus, factor.shape[0])
+        pointers = (0 if tensor is None else tensor.data_ptr() for tensor in (layer.A, layer.B, gB, added))
+        A, B, to, more = pointers
+        found += (y.data_ptr(), *products.described(factor, width))
+        found += (factor.shape[0], layer.rank, A, B, to, float(layer.scaling), more, stride)
+    return native.longs(found)
 
 
 def projections(x: Tensor, layers: Sequence[Projection], p: float = 0.0) -> tuple[Tensor, ...]:
@@ -114,8 +113,8 @@ def projections(x: Tensor, layers: Sequence[Projection], p: float = 0.0) -> tupl
 
     Where matrix units do not compute, one layer after the other, with a mask for each.
     """
-    factors = [layer.factor(x.dtype) for layer in layers]
-    if _fit(x, layers, factors):
+    factors = fitting(x, layers)
+    if factors:
         mask = draw_mask(p) if p else NOTHING
         trained = [tensor for layer in layers for tensor in (layer.A, layer.B)]
         found: tuple[Tensor, ...] = _Projections.apply(x, layers, factors, mask, *trained)
@@ -135,10 +134,13 @@ def _alone(x: Tensor, layer: Projection, p: float) -> Tensor:
     return F.linear(x, W, bias) if isinstance(W, Tensor) else frozen_linear(x, W, bias)
 
 
-def _fit(x: Tensor, layers: Sequence[Projection], factors: Sequence[Tensor | FourBits | None]) -> bool:
-    """Training in bfloat16 by matrix units, with adapters in float32."""
+def fitting(x: Tensor, layers: Sequence[Projection]) -> list[Tensor | FourBits]:
+    """The weights as matrix units read them, if these train in bfloat16 with adapters in float32; else none."""
     if not torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type):
-        return False
+        return []
+    if not all(layer.thin and (layer.bias is None or layer.bias.dtype == x.dtype) for layer in layers):
+        return []
     x_NI = x.reshape(-1, x.shape[-1])
-    pairs = [(x_NI, factor) for factor in factors if factor is not None]
-    return len(pairs) == len(layers) and all(layer.thin for layer in layers) and products.fits(*pairs)
+    factors = [factor for layer in layers if (factor := layer.factor(x.dtype)) is not None]
+    fit = len(factors) == len(layers) and products.fits(*((x_NI, factor) for factor in factors))
+    return factors if fit else []
