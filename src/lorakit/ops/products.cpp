@@ -68,13 +68,19 @@ void pack_weights(const Product& z, const Part& part) {
     alignas(64) bf16 here[1024];
     each_factor(z, part, [&](long f, long low, long high, long begin) {
         const Factor& each = z.factors[f];
-        for (long column = part.first; column < part.last; column += 32)
-            for (long k = low; k < high; k++) {
-                const Block w = z.back ? block_of(each, z.columns, k * 32, column, here)
-                                       : block_of(each, each.depth, column, k * 32, here);
-                if (z.back) pack(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
-                else pack_transposed(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
-            }
+        auto take = [&](long column, long k) {
+            const Block w = z.back ? block_of(each, z.columns, k * 32, column, here)
+                                   : block_of(each, each.depth, column, k * 32, here);
+            if (z.back) pack(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
+            else pack_transposed(w.at, w.stride, 32, 32, part.tiles(column, begin + k));
+        };
+        // along the rows of W as they lie in memory
+        if (z.back)
+            for (long k = low; k < high; k++)
+                for (long column = part.first; column < part.last; column += 32) take(column, k);
+        else
+            for (long column = part.first; column < part.last; column += 32)
+                for (long k = low; k < high; k++) take(column, k);
     });
 }
 
