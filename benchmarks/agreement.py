@@ -5,8 +5,9 @@
 SmolLM2-135M in bf16, 8 rows an update, LoRA r=8 on q, k, v and o, dropout 0.1. The seed decides the order of
 rows, the first A and dropout's masks, which differ between the two as they differ between two seeds of one. The
 last 100 rows of the file are held out. Of each run: the mean loss of the last 50 updates, and the mean loss of
-held-out tokens, both computed by transformers' own forward pass. The differences count as noise if they are no
-larger than the spread of seeds. The table goes to ``results/agreement.json``.
+held-out tokens, computed by transformers' own forward pass. The differences count as noise if they are no
+larger than the spread of seeds. The table goes to ``results/agreement.json``, run by run: ``--seeds 2 --names
+peft`` trains these anew and keeps the others, if they are as long.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from lorakit.files import cache_folder, write_json
 
 HELD_OUT, LAST = 100, 50
 NAMES = ("lorakit", "peft")
+RESULTS = Path(__file__).parent / "results" / "agreement.json"
 
 
 def main() -> None:
@@ -36,24 +38,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, help="an alpaca file; the demo's addresses if left out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--names", choices=NAMES, nargs="+", default=NAMES)
     parser.add_argument("--updates", type=int, default=200)
     parser.add_argument("--longest", type=int, default=2048, help="tokens of the rows to take")
     options = parser.parse_args()
     data = options.data or prepare(cache_folder() / "addresses")[0]
     rows = [row for row in encoded(data) if len(row.ids) <= options.longest]
-    runs = []
+    setting = {"updates": options.updates, "longest": options.longest}
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    same = all(kept.get(name) == value for name, value in setting.items())
+    setting["held_out_loss_before"] = loss(Setting().base(), rows[-HELD_OUT:])
+    runs = {(each["name"], each["seed"]): each for each in (kept["runs"] if same else [])}
     for seed in options.seeds:
-        for name in NAMES:
-            runs.append(run(name, seed, options.updates, rows[:-HELD_OUT], rows[-HELD_OUT:]))
-            print(json.dumps(runs[-1]), flush=True)
-    summary = {figure: compare(runs, figure) for figure in ("training_loss", "held_out_loss")}
-    untrained = loss(Setting().base(), rows[-HELD_OUT:])
-    result = {
-        "updates": options.updates, "longest": options.longest, "held_out_loss_before": untrained,
-        "summary": summary, "runs": runs,
-    }  # fmt: skip
-    write_json(Path(__file__).parent / "results" / "agreement.json", result)
-    print(json.dumps(summary, indent=2))
+        for name in options.names:
+            runs[name, seed] = run(name, seed, options.updates, rows[:-HELD_OUT], rows[-HELD_OUT:])
+            print(json.dumps(runs[name, seed]), flush=True)
+            found = [runs[key] for key in sorted(runs, key=lambda key: key[::-1])]
+            write_json(RESULTS, setting | {"summary": summary(found), "runs": found})
+    print(json.dumps(summary(found), indent=2))
+
+
+def summary(runs: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Of the seeds with which both have trained."""
+    seeds = set.intersection(*({run["seed"] for run in runs if run["name"] == name} for name in NAMES))
+    both = [run for run in runs if run["seed"] in seeds]
+    return {figure: compare(both, figure) for figure in ("training_loss", "held_out_loss")} if both else {}
 
 
 def run(name: str, seed: int, updates: int, rows: list[Row], held_out: list[Row]) -> dict[str, Any]:

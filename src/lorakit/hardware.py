@@ -76,6 +76,11 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))), None)
 
 
+def matrix_units() -> bool:
+    """Whether the processor has matrix units for bfloat16 and 8-bit integers (AMX)."""
+    return {"amx_bf16", "amx_int8"} <= cpu_flags()
+
+
 def pass_compiler() -> str | None:
     """The compiler of lorakit's C++ passes; None without one, or if ``LORAKIT_NATIVE=0`` switches them off."""
     return None if os.environ.get("LORAKIT_NATIVE") == "0" or sys.platform == "win32" else compiler()

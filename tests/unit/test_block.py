@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorakit import add_lora_to_model
 from lorakit.models import fast
+from lorakit.models.decoder import by_parts
 from lorakit.models.patch import packed
 from lorakit.models.quantized import quantize_model
 from lorakit.ops import block, native
@@ -89,15 +89,6 @@ def logits_and_slopes(model: Any, **given: Any) -> list[Tensor]:
 
 def off(found: list[Tensor], exact: list[Tensor]) -> list[float]:
     return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
-
-
-@contextlib.contextmanager
-def by_parts() -> Iterator[None]:
-    known, fast.LAYERS = fast.LAYERS, frozenset()
-    try:
-        yield
-    finally:
-        fast.LAYERS = known
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -174,7 +174,7 @@ def test_t14_activations_grow_with_length() -> None:
 
 
 def test_g01_checkpointing_g15_rank_g05_waterfall() -> None:
-    found = lorakit.plan(model="llama-2-7b", rank=8, length=2048, limit="24GB")
+    found = lorakit.plan(model="llama-2-7b", rank=8, length=2048, limit="24GB", units=False)
     assert found.with_checkpointing < 0.7 * found.without_checkpointing  # G01: 30-50 % and more
     assert found.fit is not None
     saved = {lever.line: lever.saved / found.memory.total for lever in found.fit.levers}

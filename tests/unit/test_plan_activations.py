@@ -14,10 +14,11 @@ from lorakit.adapters.attach import attach
 from lorakit.adapters.spec import LoRAConfig
 from lorakit.modelinfo.architectures import facts_of
 from lorakit.modelinfo.facts import ModelFacts
+from lorakit.models.fast import LAYERS as LAYERS_AT_ONCE
 from lorakit.models.fast import MLPS, NORMS, fast
 from lorakit.models.patch import packed
 from lorakit.ops import native
-from lorakit.planning.activations import GATED, NORMED, activations
+from lorakit.planning.activations import AT_ONCE, GATED, NORMED, activations
 from lorakit.planning.adapters import adapted
 from lorakit.planning.setup import Setup
 
@@ -133,7 +134,7 @@ def test_kept_bytes(
     setup = Setup(
         method=method, rank=4, targets=tuple(names.split(",")), dropout=dropout, precision=precision,
         bits=16 if precision == "bf16" else 32, attention=attention, passes=passes,
-        **shape_of(kind, attention),
+        units=native.matrix_units(), **shape_of(kind, attention),
     )  # fmt: skip
     # Besides: indices, masks, rotations, and what the head keeps; they do not grow with the number of blocks.
     assert activations(facts, setup, adapted(facts, setup)).kept == pytest.approx(real, rel=NEAR)
@@ -141,7 +142,8 @@ def test_kept_bytes(
 
 def test_the_families_are_those_whose_modules_are_replaced() -> None:
     """smollm3, which is not planned for, is left out."""
-    for families, classes, suffix in ((NORMED, NORMS, "RMSNorm"), (GATED, MLPS, "MLP")):
+    kinds = ((NORMED, NORMS, "RMSNorm"), (GATED, MLPS, "MLP"), (AT_ONCE, LAYERS_AT_ONCE, "DecoderLayer"))
+    for families, classes, suffix in kinds:
         names = {"gemma3_text": "gemma3"}
         known = {names.get(family, family) for family in families}
         assert known == {name.removesuffix(suffix).lower() for name in classes} - {"smollm3"}

@@ -89,7 +89,6 @@ UNBUILT: dict[str, Unbuilt] = {
     "use_cache": Unbuilt((True,), "generation always uses its cache"),
     "moe_aux_loss_coef": Unbuilt((), _MODEL_EDIT),
     "mixture_of_depths": Unbuilt((), _MODEL_EDIT),
-    "enable_liger_kernel": Unbuilt(_OFF, _KERNEL),
     "use_unsloth": Unbuilt(_OFF, _KERNEL),
     "use_unsloth_gc": Unbuilt(_OFF, "write gradient_checkpointing: true"),
     "use_reentrant_gc": Unbuilt((False, True), "gradient_checkpointing has one form; remove the key"),

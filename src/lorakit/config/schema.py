@@ -317,6 +317,8 @@ class TrainConfig(BaseModel):
     """Keep the optimizer's state in the CPU's memory between updates (GPU only)."""
     torch_compile: bool = False
     """Compile the model's blocks."""
+    enable_liger_kernel: bool = False
+    """Norms, gated MLPs and rotary positions by the kernels of liger-kernel (GPU only)."""
     auto_find_batch_size: bool = False
     """Find the largest per_device_train_batch_size that fits; an update keeps its number of rows."""
     max_memory_gb: Annotated[float, Field(gt=0)] | None = None

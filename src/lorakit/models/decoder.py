@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
+from collections.abc import Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,6 +14,8 @@ from lorakit.models.projected import group
 from lorakit.ops import block
 from lorakit.ops.attention import Scores
 from lorakit.ops.gated import Act
+
+_at_once_wanted: ContextVar[bool] = ContextVar("at_once", default=True)
 
 
 def parts(layer: Any) -> tuple[nn.Module, ...]:
@@ -22,6 +27,16 @@ def scores(attention: Any) -> Scores:
     """How the module gets scores from q and k."""
     window = getattr(attention, "sliding_window", getattr(attention.config, "sliding_window", None))
     return Scores(attention.scaling, window or 0)
+
+
+@contextlib.contextmanager
+def by_parts() -> Iterator[None]:
+    """Within the block decoder layers call their parts, as a profile wants to see them."""
+    token = _at_once_wanted.set(False)
+    try:
+        yield
+    finally:
+        _at_once_wanted.reset(token)
 
 
 def decoder_layer(
@@ -44,8 +59,8 @@ def decoder_layer(
         if y is not None:
             return y
     plain: Tensor = type(layer).forward(
-        layer, hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings,
-        **given,
+        layer, hidden_states, attention_mask=attention_mask, position_ids=position_ids,
+        past_key_values=past_key_values, use_cache=use_cache, position_embeddings=position_embeddings, **given,
     )  # fmt: skip
     return plain
 
@@ -54,7 +69,7 @@ def _at_once(
     layer: Any, act: Act, x: Tensor, lengths: tuple[int, ...], angles: tuple[Tensor, Tensor]
 ) -> Tensor | None:
     attention, mlp = layer.self_attn, layer.mlp
-    if any(map(_hooked, (*parts(layer), mlp.act_fn))):
+    if not _at_once_wanted.get() or any(map(_hooked, (*parts(layer), mlp.act_fn))):
         return None
     groups = [
         group(attention.q_proj, attention.k_proj, attention.v_proj), group(attention.o_proj),

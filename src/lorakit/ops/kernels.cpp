@@ -110,34 +110,47 @@ template <class T> void dropout(const T* x, T* y, long rows, long width, Mask ma
 
 // loss = lse - (1 - e) logit[label] - e mean(logits) + z lse^2, and the logits become its slope. A cap c makes each logit
 // c tanh(logit / c) first.
+struct Softening {
+    float cap, e, z;
+};
+
+// The loss of one row of logits, which become its slope; `kept` is space for as many numbers.
+template <class T> float cross_entropy_row(T* a, long label, long words, const Softening& s, float* kept) {
+    auto at = [&](long j) {
+        const vf v = load(a + j, words - j);
+        return s.cap > 0 ? s.cap * (2.f * sigmoid(v * (2.f / s.cap)) - 1.f) : v;
+    };
+    vf most = splat(-INFINITY), all = {}, sums = {};
+    for (long j = 0; j < words; j += W) {
+        const vf v = at(j);
+        most = larger(first(v, words - j, -INFINITY), most);
+        if (s.e > 0) all += first(v, words - j, 0.f);
+    }
+    const float top = largest(most);
+    for (long j = 0; j < words; j += W) {
+        const vf v = exponential(at(j) - top);
+        store(kept + j, v);
+        sums += first(v, words - j, 0.f);
+    }
+    const float sum = total(sums), lse = top + std::log(sum), share = (1 + 2 * s.z * lse) / sum;
+    const long place = label / W * W;
+    const float loss = lse - (1 - s.e) * at(place)[label - place] - s.e * total(all) / words + s.z * lse * lse;
+    for (long j = 0; j < words; j += W) {
+        vf slope = load(kept + j) * share - s.e / words;
+        if (j == place) slope[label - place] -= 1 - s.e;
+        if (s.cap > 0) slope *= 1.f - (at(j) / s.cap) * (at(j) / s.cap);
+        store(a + j, slope, words - j);
+    }
+    return loss;
+}
+
 template <class T>
-void cross_entropy(T* logits, const int64_t* labels, float* loss, long rows, long words, float cap, float e, float z,
-                   int threads) {
-    ROWS_IN_PARALLEL
-    for (long n = 0; n < rows; n++) {
-        T* a = logits + n * words;
-        auto at = [&](long j) {
-            const vf v = load(a + j, words - j);
-            return cap > 0 ? cap * (2.f * sigmoid(v * (2.f / cap)) - 1.f) : v;
-        };
-        vf most = splat(-INFINITY), all = {}, sums = {};
-        for (long j = 0; j < words; j += W) {
-            const vf v = at(j);
-            most = larger(first(v, words - j, -INFINITY), most);
-            if (e > 0) all += first(v, words - j, 0.f);
-        }
-        const float top = largest(most);
-        for (long j = 0; j < words; j += W) sums += first(exponential(at(j) - top), words - j, 0.f);
-        const float lse = top + std::log(total(sums));
-        const long label = labels[n], place = label / W * W;
-        loss[n] = lse - (1 - e) * at(place)[label - place] - e * total(all) / words + z * lse * lse;
-        for (long j = 0; j < words; j += W) {
-            const vf v = at(j);
-            vf slope = exponential(v - lse) * (1 + 2 * z * lse) - e / words;
-            if (j == place) slope[label - place] -= 1 - e;
-            if (cap > 0) slope *= 1.f - (v / cap) * (v / cap);
-            store(a + j, slope, words - j);
-        }
+void cross_entropy(T* logits, const int64_t* labels, float* loss, long rows, long words, const Softening& s, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> kept(whole_blocks(words));
+#pragma omp for schedule(static)
+        for (long n = 0; n < rows; n++) loss[n] = cross_entropy_row(logits + n * words, labels[n], words, s, kept.data());
     }
 }
 
@@ -206,7 +219,8 @@ EXPORT void lorakit_dropout(int dtype, const void* x, void* y, long rows, long w
 }
 EXPORT void lorakit_cross_entropy(int dtype, void* logits, const int64_t* labels, float* loss, long rows, long words,
                              float cap, float smoothing, float z, int threads) {
-    FOR_EITHER(dtype, cross_entropy((T*)logits, labels, loss, rows, words, cap, smoothing, z, threads))
+    const Softening softening{cap, smoothing, z};
+    FOR_EITHER(dtype, cross_entropy((T*)logits, labels, loss, rows, words, softening, threads))
 }
 EXPORT void lorakit_quantise_rows(int dtype, const void* x, const float* weigh, int8_t* codes, float* step, long rows,
                              long width, int threads) {

@@ -6,6 +6,7 @@ namespace {
 
 constexpr int AT_ONCE = 8;  // ranks in registers
 constexpr int PAIR = 2;     // rows that share what is loaded of A and B
+constexpr int FEW = 4;      // rows, or ranks, whose sums stay in registers
 
 // Dropout's factors of a row, or ones.
 struct Keep {
@@ -28,25 +29,25 @@ void lora_down(const T* x, const float* A, float* h, long rows, long width, int 
 #pragma omp parallel num_threads(threads)
     {
         Keep keep(mask, width);
-        std::vector<float> block(PAIR * padded, 0.f);
+        std::vector<float> block(FEW * padded, 0.f);
 #pragma omp for schedule(static)
-        for (long n = 0; n < rows; n += PAIR) {
-            const int count = (int)std::min<long>(PAIR, rows - n);
+        for (long n = 0; n < rows; n += FEW) {
+            const int count = (int)std::min<long>(FEW, rows - n);
             for (int k = 0; k < count; k++) {
                 const float* m = keep.of(n + k);
                 const T* a = x + (n + k) * width;
                 for (long j = 0; j < width; j += W)
                     store(&block[k * padded + j], load(a + j, width - j) * load(m + j));
             }
-            for (int r0 = 0; r0 < rank; r0 += AT_ONCE) {
-                const int ranks = std::min(AT_ONCE, rank - r0);
-                vf sums[PAIR][AT_ONCE] = {};
+            for (int r0 = 0; r0 < rank; r0 += FEW) {  // few rows by few ranks: sums stay in registers, A is read less often
+                const int ranks = std::min(FEW, rank - r0);
+                vf sums[FEW][FEW] = {};
                 for (long j = 0; j < width; j += W) {
-                    const vf v = load(&block[j]), w = load(&block[padded + j]);
-                    for (int r = 0; r < AT_ONCE; r++) {
+                    vf v[FEW];
+                    for (int k = 0; k < FEW; k++) v[k] = load(&block[k * padded + j]);
+                    for (int r = 0; r < FEW; r++) {
                         const vf a = load(&wide[(r0 + (r < ranks ? r : 0)) * padded + j]);
-                        sums[0][r] += v * a;
-                        sums[1][r] += w * a;
+                        for (int k = 0; k < FEW; k++) sums[k][r] += v[k] * a;
                     }
                 }
                 for (int k = 0; k < count; k++)
@@ -120,7 +121,7 @@ void lora_up_back(const T* g, const float* h, const float* Bt, float* gh, float*
 }
 
 // A chunk of rows and 32 columns of x and its gradient, in the first level of the cache.
-constexpr int CHUNK = 64, FEW = 4;  // rows; ranks whose sums stay in registers
+constexpr int CHUNK = 64;  // rows
 struct Corner {
     float x[CHUNK][2 * W], along[CHUNK][2 * W], keep[CHUNK][2 * W];
 };

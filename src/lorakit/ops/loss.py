@@ -22,7 +22,7 @@ from lorakit.ops.products import back, times
 
 IGNORE = -100  # the label of tokens that carry no loss, as everywhere in this field
 _CHUNK = 1 << 20  # logits handled at once: 4 MB in float32
-_PRODUCT = 1 << 24  # logits made by one matrix product
+_PRODUCT = 1 << 25  # logits made by one matrix product
 
 
 @dataclass(frozen=True)

@@ -171,11 +171,12 @@ EXPORT void lorakit_products(int, const void* products, long count, int threads)
     std::vector<Task> tasks;
     for (const Product* z = (const Product*)products; count--; z++) {
         const long all = z->steps(), most = std::max(WIDTH, PANEL / (all * 64) / 32 * 32), blocks = z->columns / 32;
-        const long parts = whole((z->columns + most - 1) / most, 2 * threads);  // as many for each thread
-        for (long part = 0, first = 0; part < std::min(parts, blocks); part++) {
-            const long last = blocks * (part + 1) / std::min(parts, blocks) * 32;
-            tasks.push_back({z, first, last, std::min(all, std::max(1L, PANEL / ((last - first) * 64)))});
-            first = last;
+        // as many for each thread, the larger ones first
+        const long parts = std::min(blocks, whole((z->columns + most - 1) / most, 2 * threads));
+        for (long part = 0, first = 0; part < parts; part++) {
+            const long width = (blocks / parts + (part < blocks % parts)) * 32;
+            tasks.push_back({z, first, first + width, std::min(all, std::max(1L, PANEL / (width * 64)))});
+            first += width;
         }
     }
 #pragma omp parallel for num_threads(threads) schedule(dynamic)

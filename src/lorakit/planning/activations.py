@@ -5,9 +5,9 @@ does), and a tensor that several layers save is there once. With N tokens in a p
 feed-forward width f, H query and G key heads of width d, one block keeps:
 
 * RMS norm: its input, e·N·h, where a C++ pass computes it, else that in float32; layer norm: its input.
-* Adapters: the input of each adapted layer once, however many share it, and r numbers a token. DoRA keeps its
-  two outputs, too. Dropout: nothing more where C++ passes make its mask; else every layer has its own input,
-  dropped, and the mask beside it.
+* Adapters: the input of each adapted layer once, however many share it, and r numbers a token; no inputs where
+  a decoder layer is one operation, which makes them again. DoRA keeps its two outputs, too. Dropout: nothing
+  more where C++ passes make its mask; else every layer has its own input, dropped, and the mask beside it.
 * Attention: queries, keys and values. `packed`: the output and one float32 a head by C++ passes, which make the
   weights again;
   else the weights, e·H·N·(tokens of a row, about half of them for long rows, whose future is left out). `sdpa`:
@@ -35,12 +35,14 @@ _QUERY_INPUTS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query", "key", "valu
 _MLP_INPUTS = ("gate_proj", "up_proj", "gate_up_proj", "fc1", "c_fc", "intermediate.dense")
 _OUTPUTS = ("o_proj", "out_proj", "attn.c_proj", "attention.output.dense")
 _TILE = 256  # queries in one product of packed attention, with the keys up to them (`lorakit.ops.attention`)
-_CHUNK, _PRODUCT = 1 << 20, 1 << 24  # logits that the loss handles, and makes, at once (`lorakit.ops.loss`)
+_CHUNK, _PRODUCT = 1 << 20, 1 << 25  # logits that the loss handles, and makes, at once (`lorakit.ops.loss`)
 _LOSS_COPIES = 3  # of such a piece in float32
 _THIN = 32  # ranks up to which C++ passes multiply with A and B, in float32 (`lorakit.ops.linear`)
 # Families whose norms, and whose gated units, C++ passes compute (`lorakit.models.fast`).
 NORMED = frozenset({"llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text"})
 GATED = NORMED - {"phi3"}
+# Families whose decoder layers are one operation by matrix units (`lorakit.models.decoder`).
+AT_ONCE = frozenset({"llama", "mistral", "qwen2"})
 
 
 @dataclass(frozen=True)
@@ -162,9 +164,18 @@ def _inputs(facts: ModelFacts, blocks: Blocks, setup: Setup, chosen: Collection[
             inputs[shared] = max(inputs.get(shared, 0), each.count * width * tokens * features)
         total += each.count * own
     kind = setup.attention_of(facts)
+    if _at_once(facts, setup, chosen):  # norms' results and gated ones are made again
+        return total
     if kind == "sdpa" or (kind == "packed" and setup.compiled):  # its output is kept anyway
         inputs = {path: size for path, size in inputs.items() if not path.endswith(_OUTPUTS)}
     return total + sum(inputs.values())
+
+
+def _at_once(facts: ModelFacts, setup: Setup, chosen: Collection[Adapted]) -> bool:
+    """Whether a decoder layer is one operation, which takes plain LoRA on 16- and 4-bit weights."""
+    fits = setup.compiled and setup.units and setup.precision == "bf16" and setup.bits in (4, 16)
+    plain = setup.method == "lora" and all(each.rank <= _THIN for each in chosen) and not setup.checkpointing
+    return fits and plain and facts.family in AT_ONCE and setup.attention_of(facts) == "packed"
 
 
 def _input_of(path: str) -> str:

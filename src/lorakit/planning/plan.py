@@ -140,7 +140,11 @@ def plan(
     """
     if config is None and model is None:
         raise UsageError("there is nothing to plan", remedy="give a configuration, or model='llama-3-8b'")
-    here: dict[str, Any] = {"device": hardware.device(), "passes": hardware.pass_compiler() is not None}
+    here: dict[str, Any] = {
+        "device": hardware.device(),
+        "passes": hardware.pass_compiler() is not None,
+        "units": hardware.matrix_units(),
+    }
     setup, resolved = Setup(**here), None
     if config is not None:
         resolved = _resolved(config, overrides)

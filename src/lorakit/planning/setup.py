@@ -72,6 +72,7 @@ class Setup:
             does with this family.
         loss: ``chunked``, or ``plain`` cross-entropy on float32 logits of all positions.
         passes: lorakit's C++ passes compute, on a CPU; without a compiler they do not (`lorakit env`).
+        units: the CPU has matrix units, by which the passes multiply.
     """
 
     method: Method = "lora"
@@ -105,6 +106,7 @@ class Setup:
     attention: Attention | None = None
     loss: Loss = "chunked"
     passes: bool = True
+    units: bool = False
 
     def __post_init__(self) -> None:
         _between("rank", self.rank, *_RANKS)

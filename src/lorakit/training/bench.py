@@ -22,6 +22,7 @@ from lorakit import hardware
 from lorakit.adapters.attach import rank_allocator
 from lorakit.errors import UsageError
 from lorakit.evals.objective import batching
+from lorakit.models.decoder import by_parts
 from lorakit.ops import native
 from lorakit.ops.loss import _PRODUCT
 from lorakit.parallel.world import World
@@ -160,10 +161,10 @@ class _Meter(StopRequest):
         return rates[1:] or rates
 
     def profile(self, collate: Callable[..., Any]) -> dict[str, float]:
-        """Shares of the computing time of two more updates."""
+        """Shares of the computing time of two more updates, whose decoder layers are computed part by part."""
         times, tokens = self.times[:], self.tokens[:]
         self._last = self._progress.step + _PROFILED
-        with profile(activities=[ProfilerActivity.CPU]) as seen:
+        with by_parts(), profile(activities=[ProfilerActivity.CPU]) as seen:
             self.train(collate)
         self.times, self.tokens = times, tokens
         spent = {part: 0.0 for part in (*_PARTS, "other")}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from lorakit.data.store import lengths_of
 from lorakit.evals.batch_size import find_optimal_batch_size, longest_rows, same_update
 from lorakit.evals.objective import batch_loss
 from lorakit.log import logger
+from lorakit.models.liger import liger
 from lorakit.models.memory import switched
 from lorakit.models.patch import can_pack
 from lorakit.optim.build import build_optimizer
@@ -129,14 +130,16 @@ def find_batch(
     return batch
 
 
-def switches(settings: Resolved, model: PreTrainedModel) -> contextlib.AbstractContextManager[None]:
-    """What of the model trades time for memory, within a block."""
-    return switched(
-        model,
-        recompute_every=settings.gradient_checkpointing_every if settings.gradient_checkpointing else None,
-        offload=settings.offload_activations,
-        compiled=settings.torch_compile,
-    )
+@contextlib.contextmanager
+def switches(settings: Resolved, model: PreTrainedModel) -> Iterator[None]:
+    """What of the model trades time for memory, and whose kernels compute, within a block."""
+    every = settings.gradient_checkpointing_every if settings.gradient_checkpointing else None
+    offload, compiled = settings.offload_activations, settings.torch_compile
+    with (
+        liger(model) if settings.enable_liger_kernel else contextlib.nullcontext(),
+        switched(model, recompute_every=every, offload=offload, compiled=compiled),
+    ):
+        yield
 
 
 def share_work(settings: Resolved, model: PreTrainedModel, world: World) -> Strategy:
