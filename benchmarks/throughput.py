@@ -9,9 +9,9 @@ order that turns, and every matrix product of lorakit's update is computed alone
 shapes: the roofline. Ratios and shares are medians over rounds. Only a quiet machine gives numbers that mean
 something. TRL takes part where it is installed (``pip install trl``).
 
-``peak_rss`` is measured in a process of its own for each. ``random-1b`` has the shapes of TinyLlama-1.1B, six
-of its 22 layers, and random weights. The table goes to ``results/throughput.json`` and ``.md``,
-case by case: ``--cases 0 5`` measures these anew and keeps the others.
+Each has a process of its own, whose peak of resident memory is told, too. ``random-1b`` has the shapes of
+TinyLlama-1.1B, six of its 22 layers, and random weights. The table goes to ``results/throughput.json`` and
+``.md``, case by case: ``--cases 0 5`` measures these anew and keeps the others.
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import multiprocessing
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +65,9 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--against", choices=("peft", "all", "nobody"), default="all")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peak", choices=("lorakit", *PEERS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     options.data = options.data or prepare(cache_folder() / "addresses")[0]
     one = Setting(options.model or DEMO_MODEL, options.format, options.targets, options.dropout)
-    if options.peak:
-        print(peak(options.peak, options.data, one))
-        return
     if options.model:
         row = measure(options.data, options.pairs, one, options.against)
         print(json.dumps(row) if options.json else table([row]))
@@ -100,23 +95,17 @@ def others(setting: Setting, against: str) -> list[str]:
 def measure(data: Path, pairs: int, setting: Setting, against: str) -> dict[str, Any]:
     """All contestants in turns on the same rows."""
     rows, peers = encoded(data), others(setting, against)
-    # First: what padded batches leave behind here would be missing there.
-    peaks = {f"{name}_peak_gb": resident(name, data, setting) for name in ("lorakit", *peers)}
+    tokens = [sum(len(row.ids) for row in rows_of(rows, turn)) for turn in range(pairs + 1)]
+    seconds: dict[str, list[float]] = {name: [] for name in ("lorakit", *peers, "roofline")}
+    peaks: dict[str, float] = {}
     with contextlib.ExitStack() as stack:
-        steps: dict[str, Callable[[list[Row]], object]] = {
-            name: contestant(stack, name, setting, rows).step for name in ("lorakit", *peers)
-        }
-        steps["roofline"] = products(setting)
-        seconds: dict[str, list[float]] = {name: [] for name in steps}
-        tokens = []
+        processes = {name: stack.enter_context(process(name, data, setting)) for name in seconds}
         for turn in range(pairs + 1):
-            chosen = rows[turn * ROWS : (turn + 1) * ROWS]
-            tokens.append(sum(len(row.ids) for row in chosen))
             names = list(seconds)
             for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                start = time.perf_counter()
-                steps[name](chosen)
-                seconds[name].append(time.perf_counter() - start)
+                processes[name].send(turn)
+                took, peaks[name] = processes[name].recv()
+                seconds[name].append(took)
     rates = {name: [t / s for t, s in zip(tokens[1:], took[1:], strict=True)] for name, took in seconds.items()}
     middle = {name: round(statistics.median(found), 1) for name, found in rates.items()}
     best = max(peers, key=lambda name: middle[name], default=None)
@@ -128,8 +117,46 @@ def measure(data: Path, pairs: int, setting: Setting, against: str) -> dict[str,
         "ratio_median": ratio(rates, best) if best else None,
         "roofline_tokens_per_second": middle["roofline"],
         "roofline_share": ratio(rates, "roofline"),
-        **peaks,
+        **{f"{name}_peak_gb": peaks[name] for name in ("lorakit", *peers)},
     }  # fmt: skip
+
+
+def rows_of(rows: list[Row], turn: int) -> list[Row]:
+    """An update's."""
+    return rows[turn * ROWS : (turn + 1) * ROWS]
+
+
+@contextlib.contextmanager
+def process(name: str, data: Path, setting: Setting) -> Iterator[Any]:
+    """A contestant or the roofline in a process of its own: send a turn, receive its seconds and peak GB.
+
+    In a shared one an update would find the heap as the contestant before has left it.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe()
+    child = spawn.Process(target=serve, args=(name, data, setting, theirs), daemon=True)
+    child.start()
+    theirs.close()
+    ours.recv()  # it is ready
+    try:
+        yield ours
+    finally:
+        ours.close()
+        child.join(10)
+        child.kill()
+
+
+def serve(name: str, data: Path, setting: Setting, told: Any) -> None:
+    """The process."""
+    rows = encoded(data)
+    with contextlib.ExitStack() as stack, contextlib.suppress(EOFError):
+        step = products(setting) if name == "roofline" else contestant(stack, name, setting, rows).step
+        told.send(None)
+        while True:
+            chosen = rows_of(rows, told.recv())
+            start = time.perf_counter()
+            step(chosen)
+            told.send((time.perf_counter() - start, round(hardware.memory_peak() / 1e9, 3)))
 
 
 def ratio(rates: dict[str, list[float]], other: str) -> float:
@@ -163,26 +190,6 @@ def products(setting: Setting) -> Callable[[list[Row]], None]:
                 torch.mm(some @ W.T, W)
 
     return run
-
-
-def peak(name: str, data: Path, setting: Setting) -> float:
-    """GB of this process after three updates."""
-    rows = encoded(data)
-    with contextlib.ExitStack() as stack:
-        step = contestant(stack, name, setting, rows).step
-        for turn in range(3):
-            step(rows[turn * ROWS : (turn + 1) * ROWS])
-    return round(hardware.memory_peak() / 1e9, 3)
-
-
-def resident(name: str, data: Path, setting: Setting) -> float:
-    """`peak` in a process of its own."""
-    options = {
-        "--data": data, "--peak": name, "--model": setting.model, "--format": setting.form,
-        "--targets": setting.targets, "--dropout": setting.dropout,
-    }  # fmt: skip
-    command = [sys.executable, __file__, *(str(part) for pair in options.items() for part in pair)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def table(rows: list[dict[str, Any]]) -> str:

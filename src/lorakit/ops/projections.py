@@ -141,6 +141,7 @@ def fitting(x: Tensor, layers: Sequence[Projection]) -> list[Tensor | FourBits]:
     if not all(layer.thin and (layer.bias is None or layer.bias.dtype == x.dtype) for layer in layers):
         return []
     x_NI = x.reshape(-1, x.shape[-1])
-    factors = [factor for layer in layers if (factor := layer.factor(x.dtype)) is not None]
+    found = [layer.factor(x.dtype) for layer in layers]
+    factors = [factor for factor in found if factor is not None]
     fit = len(factors) == len(layers) and products.fits(*((x_NI, factor) for factor in factors))
     return factors if fit else []
