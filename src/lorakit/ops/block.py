@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from lorakit.ops import buffers, native
 from lorakit.ops.attention import Scores, starts
-from lorakit.ops.dropout import NOTHING, Mask, draw_mask
+from lorakit.ops.dropout import Mask, draw_mask
 from lorakit.ops.gated import KINDS, Act
 from lorakit.ops.products import FourBits
 from lorakit.ops.projections import Projection, fields, fitting
@@ -208,7 +208,7 @@ def decoder_block(
     factors = [fitting(x, group.layers) for group in block.groups]
     if not all(factors):
         return None
-    masks = [draw_mask(group.p) if group.p else NOTHING for group in block.groups]
+    masks = [draw_mask(group.p) for group in block.groups]
     trained = [tensor for group in block.groups for layer in group.layers for tensor in (layer.A, layer.B)]
     y: Tensor = _Block.apply(x, block, _Pass(factors, masks, lengths, angles), *trained)
     return y

@@ -69,5 +69,7 @@ NOTHING = Mask(0, 0)
 
 
 def draw_mask(p: float) -> Mask:
-    """A mask for dropout with probability p, by torch's generator of the CPU."""
+    """A mask for dropout with probability p, by torch's generator of the CPU, which 0 does not touch."""
+    if not p:
+        return NOTHING
     return Mask(int(torch.randint(-(2**63), 2**63 - 1, ()).item()) & (2**64 - 1), round(65536 * p))

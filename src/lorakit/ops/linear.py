@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import native
-from lorakit.ops.dropout import NOTHING, Mask, draw_mask
+from lorakit.ops.dropout import Mask, draw_mask
 from lorakit.ops.frozen import Frozen
 from lorakit.ops.products import back, fits, times
 
@@ -236,7 +236,7 @@ def lora_linear(
     `dropout_fits`.
     """
     trained = bias is not None and bias.requires_grad
-    update = _Update(scaling, draw_mask(p) if p else NOTHING, torch.is_grad_enabled())
+    update = _Update(scaling, draw_mask(p), torch.is_grad_enabled())
     if isinstance(W, Tensor):
         if trained or W.requires_grad or x.dtype != W.dtype or torch.is_autocast_enabled(x.device.type):
             return lora_linear_reference(x, W, bias, A, B, scaling, p)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lorakit.ops import buffers, native, products
-from lorakit.ops.dropout import NOTHING, Mask, draw_mask
+from lorakit.ops.dropout import Mask, draw_mask
 from lorakit.ops.frozen import Frozen
 from lorakit.ops.linear import THIN, frozen_linear, frozen_linears, lora_linear
 from lorakit.ops.products import FourBits
@@ -115,7 +115,7 @@ def projections(x: Tensor, layers: Sequence[Projection], p: float = 0.0) -> tupl
     """
     factors = fitting(x, layers)
     if factors:
-        mask = draw_mask(p) if p else NOTHING
+        mask = draw_mask(p)
         trained = [tensor for layer in layers for tensor in (layer.A, layer.B)]
         found: tuple[Tensor, ...] = _Projections.apply(x, layers, factors, mask, *trained)
         return found
